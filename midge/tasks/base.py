@@ -1,0 +1,125 @@
+"""What a task is: the model, this device's data, how to train and how to evaluate.
+
+A task speaks in state dictionaries of NumPy arrays, so that nothing but the task itself need know torch. The built-in ones
+are examples to read; yours is named as `package.module:object` on both sides, and nothing else changes. With a
+torch model, start from `midge.tasks.torch_task.TorchTask`, which needs less.
+
+Whatever is about skew or partition belongs to `load_data`: `DataSpec` says what this agent was started with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+State: TypeAlias = Mapping[str, NDArray[Any]]
+"""A model as named arrays, in the order of its state dictionary: floating-point parameters and buffers, and integer ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which data an agent has, as its operator said.
+
+    Attributes:
+        data_dir: where the data lie on this device; None for the task's own place.
+        classes: labels that this agent owns; empty for all.
+        sel_prob: share of the examples with those labels that it has, 0 to 1.
+        def_prob: share of the examples with other labels that it has, 0 to 1.
+        partition: "" for all data, or "iid", "shards:2", "dirichlet:0.3": how the data are dealt among `num_parts`.
+        part: which part is this agent's, 0 to num_parts - 1.
+        num_parts: how many parts there are.
+        seed: of every random choice in this.
+    """
+
+    data_dir: Path | None = None
+    classes: tuple[int, ...] = ()
+    sel_prob: float = 1.0
+    def_prob: float = 0.0
+    partition: str = ""
+    part: int = 0
+    num_parts: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """What a training is told: the round's configuration.
+
+    Attributes:
+        local_epochs: passes over the agent's data, at least 1.
+        batch_size: examples in a batch; 0 for all of them at once.
+        learning_rate: step size.
+        momentum: of the local optimiser, 0 to below 1.
+        seed: of every random choice; from (run seed, round, agent), so the same round trained again gives the same bits.
+        extra: what the task alone knows.
+    """
+
+    local_epochs: int = 1
+    batch_size: int = 0
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    seed: int = 0
+    extra: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a training: the whole state after it, the examples it used, and metrics of the training itself."""
+
+    state: State
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a model does on some data: means over `num_examples` examples."""
+
+    num_examples: int
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class TaskError(Exception):
+    """A task cannot do what was asked: it is not found, its data are missing, its model does not fit. Says what to do."""
+
+
+class Task(Protocol):
+    """What is learned."""
+
+    @property
+    def name(self) -> str:
+        """What messages and tables call it."""
+
+    def initial_state(self, seed: int) -> State:
+        """The model of round 0. Fixes names, shapes, element types and their order for the whole run."""
+
+    def load_data(self, spec: DataSpec) -> Any:
+        """This device's examples, in any form that `train` and `evaluate` take; called once and kept.
+
+        Raises:
+            TaskError: the data are missing, empty or unreadable; the message says where they should be.
+        """
+
+    def num_examples(self, data: Any) -> int:
+        """How many examples `load_data` gave."""
+
+    def test_data(self) -> Any | None:
+        """Data for evaluating on the coordinator; None where the coordinator has none."""
+
+    def train(self, state: State, data: Any, spec: TrainSpec, progress: Callable[[float], None]) -> Trained:
+        """Train from `state` (not to be changed) on `data`; call `progress` with the fraction done now and then."""
+
+    def evaluate(self, state: State, data: Any) -> Score:
+        """How `state` does on `data`."""
+
+
+def seed_of(run_seed: int, round_num: int, agent_id: str) -> int:
+    """The seed of one agent's training in one round: the same round trained again gives the same bits."""
+    entropy = [run_seed, round_num, *agent_id.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
