@@ -56,7 +56,6 @@ RejectReason = Literal[
     "norm",
     "digest",
     "counters",
-    "frame",
 ]
 """Which gate an update failed."""
 
@@ -112,6 +111,8 @@ class Presence(_Message, frozen=True, kw_only=True, tag="presence"):
     version: ShortText = ""
     task: ShortText = ""
     labels: Labels = {}
+    epoch: Count = 0
+    """The highest epoch that the agent has seen: a coordinator that lost its state directory must go above it."""
     packet_limit_bytes: Count = 0
     """The largest packet that the agent's connection carries; 0 where it knows of no limit."""
 

@@ -1,0 +1,117 @@
+"""The fleet: which agents there are, which are here now, and which could take part in a round.
+
+An agent's presence is retained at the broker, but a retained "online" may be a ghost (the broker lost the will, or was
+restored from an old file). So a retained birth makes an agent SILENT until it is heard live: it answers the roll call.
+
+States: ONLINE (heard live, not gone since), SILENT (said to be online, not heard), OFFLINE.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from midge import PROTOCOL
+from midge.wire.messages import Presence
+
+MAX_AGENTS = 100_000
+"""Above this, an agent that was never heard of is not remembered: a flood of invented ids must not fill the memory."""
+
+
+class AgentState(enum.StrEnum):
+    """Where an agent stands with the coordinator."""
+
+    ONLINE = "online"
+    SILENT = "silent"
+    OFFLINE = "offline"
+
+
+class Change(enum.StrEnum):
+    """What a presence message changed."""
+
+    CAME = "came"
+    RESTARTED = "restarted"
+    LEFT = "left"
+
+
+@dataclass(slots=True)
+class Agent:
+    """One agent as last heard of."""
+
+    agent_id: str
+    state: AgentState
+    presence: Presence
+
+    def problem(self, task: str, labels: Mapping[str, str]) -> str:
+        """Why it cannot take part in a run of `task` among agents with `labels`; empty where it can."""
+        if self.state is not AgentState.ONLINE:
+            return f"is {self.state}"
+        if self.presence.protocol != PROTOCOL:
+            return (
+                f"speaks protocol {self.presence.protocol}, this coordinator {PROTOCOL}: install the same Midge on both"
+            )
+        if self.presence.task != task:
+            return f"was started with --task {self.presence.task}, the run's task is {task}"
+        lacking = [f"{key}={value}" for key, value in labels.items() if self.presence.labels.get(key) != value]
+        return f"lacks the label {', '.join(lacking)}" if lacking else ""
+
+
+class Fleet:
+    """All agents that were heard of."""
+
+    def __init__(self) -> None:
+        self.agents: dict[str, Agent] = {}
+
+    def hear(self, agent_id: str, presence: Presence, *, retained: bool) -> Change | None:
+        """Take a presence message; `retained` is true where the broker sent it because we subscribed."""
+        agent = self.agents.get(agent_id)
+        if not presence.online:
+            return self._left(agent, presence)
+        if agent is None:
+            if len(self.agents) >= MAX_AGENTS:
+                return None
+            state = AgentState.SILENT if retained else AgentState.ONLINE
+            self.agents[agent_id] = Agent(agent_id, state, presence)
+            return None if retained else Change.CAME
+        restarted = agent.presence.incarnation != presence.incarnation
+        was_online = agent.state is AgentState.ONLINE
+        if retained and not restarted:
+            return None
+        agent.presence = presence
+        agent.state = AgentState.SILENT if retained else AgentState.ONLINE
+        if retained:
+            return Change.LEFT if was_online else None
+        if was_online:
+            return Change.RESTARTED if restarted else None
+        return Change.CAME
+
+    def lose_all(self) -> None:
+        """Our connection broke: nobody is known to be here until heard again."""
+        for agent in self.agents.values():
+            if agent.state is AgentState.ONLINE:
+                agent.state = AgentState.SILENT
+
+    def available(self, task: str, labels: Mapping[str, str]) -> frozenset[str]:
+        """The agents that could take part in a run of `task` now."""
+        return frozenset(agent_id for agent_id, agent in self.agents.items() if not agent.problem(task, labels))
+
+    def count(self) -> dict[AgentState, int]:
+        """How many agents are in each state."""
+        counts = dict.fromkeys(AgentState, 0)
+        for agent in self.agents.values():
+            counts[agent.state] += 1
+        return counts
+
+    def packet_limit_bytes(self) -> int | None:
+        """The smallest packet limit that any agent announced; None where none did."""
+        limits = [a.presence.packet_limit_bytes for a in self.agents.values() if a.presence.packet_limit_bytes]
+        return min(limits, default=None)
+
+    def _left(self, agent: Agent | None, presence: Presence) -> Change | None:
+        if agent is None or agent.state is AgentState.OFFLINE:
+            return None
+        if agent.presence.incarnation != presence.incarnation:
+            return None  # the will of an earlier start, late: a takeover of the connection fires it
+        agent.state = AgentState.OFFLINE
+        return Change.LEFT

@@ -1,0 +1,461 @@
+"""One attempt at one round: who is invited, whom it still waits for, and when it ends.
+
+Purpose: draw a cohort, wait for its updates within bounds, and come to exactly one end. It holds ids and counts; it must
+not know of topics, tensors, disks or clocks (`now` is handed in, monotonic seconds).
+
+States
+    SELECTING    fewer agents are there than the least cohort; waits for more until the selection deadline
+    COLLECTING   the cohort is invited; waits for updates until enough came, nobody is left to wait for, or the deadline
+    AGGREGATING  the accepted updates are being averaged
+    COMMITTED    the new version is stored (final)
+    ABANDONED    the attempt failed, for the reason that it carries (final)
+
+Events               SELECTING  COLLECTING  AGGREGATING  COMMITTED  ABANDONED
+    FleetChanged     legal      legal       ignored      ignored    ignored
+    AgentAccepted    ignored    legal       ignored      ignored    ignored
+    AgentRefused     ignored    legal       ignored      ignored    ignored
+    AgentLost        ignored    legal       ignored      ignored    ignored
+    AgentReturned    ignored    legal       ignored      ignored    ignored
+    UpdateAccepted   illegal    legal       illegal      illegal    illegal
+    UpdateRejected   illegal    legal       illegal      illegal    illegal
+    Aggregated       illegal    illegal     legal        illegal    illegal
+    AggregationFailed illegal   illegal     legal        illegal    illegal
+    CloseRequested   legal      legal       ignored      ignored    ignored
+    TimePassed       legal      legal       legal        legal      legal
+
+What is ignored is late or double: normal on MQTT. What is illegal is our own bug, since the driver decides when to send it: it
+raises. An event of an agent that is not in the cohort is ignored in every state.
+
+Members of the cohort: INVITED -> ACCEPTED -> REPORTED, or REFUSED, REJECTED (its update failed a gate) or LOST (offline,
+or silent since the invitation). A lost member that comes back is invited again. For one that refused, was
+rejected or lost, the next agent of the draw is invited.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from coordinator.round_events import (
+    Abandon,
+    AgentAccepted,
+    AgentLost,
+    AgentRefused,
+    AgentReturned,
+    Aggregate,
+    Aggregated,
+    AggregationFailed,
+    CloseRequested,
+    Command,
+    Commit,
+    Dismiss,
+    Event,
+    FleetChanged,
+    Invite,
+    TimePassed,
+    UpdateAccepted,
+    UpdateRejected,
+)
+
+_FIRST_RESEND_S = 2.0
+_RETURN_GRACE_S = 30.0
+"""How long a round without quorum waits for lost members, when nobody else is left to wait for."""
+
+
+class RoundState(enum.StrEnum):
+    """Where an attempt stands."""
+
+    SELECTING = "selecting"
+    COLLECTING = "collecting"
+    AGGREGATING = "aggregating"
+    COMMITTED = "committed"
+    ABANDONED = "abandoned"
+
+
+class MemberState(enum.StrEnum):
+    """Where a member of the cohort stands."""
+
+    INVITED = "invited"
+    ACCEPTED = "accepted"
+    REPORTED = "reported"
+    REFUSED = "refused"
+    REJECTED = "rejected"
+    LOST = "lost"
+
+
+_WAITING = (MemberState.INVITED, MemberState.ACCEPTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundConfig:
+    """What bounds an attempt.
+
+    Attributes:
+        target: agents whose updates are wanted; 0 for every agent that is there.
+        minimum: the least agents to begin with.
+        quorum: the least updates to aggregate.
+        over_select: invited agents over `target`, where the fleet allows.
+        selection_deadline_s: wait for `minimum` agents at most this long.
+        acceptance_deadline_s: an invited agent that says nothing for so long is lost.
+        report_deadline_s: wait for updates at most this long after the first invitation.
+    """
+
+    target: int = 0
+    minimum: int = 1
+    quorum: int = 1
+    over_select: float = 1.3
+    selection_deadline_s: float = 60.0
+    acceptance_deadline_s: float = 20.0
+    report_deadline_s: float = 600.0
+
+
+_PEER = (FleetChanged, AgentAccepted, AgentRefused, AgentLost, AgentReturned, CloseRequested, TimePassed)
+LEGAL: Mapping[RoundState, tuple[type, ...]] = {
+    RoundState.SELECTING: (FleetChanged, CloseRequested, TimePassed),
+    RoundState.COLLECTING: (*_PEER, UpdateAccepted, UpdateRejected),
+    RoundState.AGGREGATING: (Aggregated, AggregationFailed, TimePassed),
+    RoundState.COMMITTED: (TimePassed,),
+    RoundState.ABANDONED: (TimePassed,),
+}
+
+
+class IllegalEventError(Exception):
+    """Our own bug: an event that cannot come in this state. Prints what was legal, and the story so far."""
+
+
+def draw_order(agent_ids: Iterable[str], seed: int, round_num: int) -> list[str]:
+    """Agents in the order in which this round would invite them.
+
+    Each agent's rank is a hash of (seed, round, agent), so the draw is uniform, can be drawn again by anyone who knows
+    the seed, and the order of two agents does not depend on who else is there.
+    """
+
+    def rank(agent_id: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{round_num}/{agent_id}".encode()).digest()
+
+    return sorted(agent_ids, key=rank)
+
+
+@dataclass
+class _Member:
+    state: MemberState
+    invited_at: float = 0.0
+    resend_at: float = math.inf
+    resend_s: float = _FIRST_RESEND_S
+    reason: str = ""
+
+
+@dataclass
+class Round:
+    """The machine. `step` takes an event and the time and returns commands; `deadline` says when to call it at the latest.
+
+    Args:
+        config: the bounds.
+        round_num: from 1.
+        attempt: from 1.
+        seed: the run's.
+        now: monotonic seconds.
+    """
+
+    config: RoundConfig
+    round_num: int
+    attempt: int
+    seed: int
+    now: float
+    state: RoundState = RoundState.SELECTING
+    reason: str = ""
+    digest: str = ""
+    _available: frozenset[str] = frozenset()
+    _members: dict[str, _Member] = field(default_factory=dict)
+    _num_invited_first: int = 0
+    _ends_at: float = 0.0
+    _grace_ends_at: float = math.inf
+    _story: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+
+    def __post_init__(self) -> None:
+        self._ends_at = self.now + self.config.selection_deadline_s
+
+    @classmethod
+    def restore(
+        cls,
+        config: RoundConfig,
+        *,
+        round_num: int,
+        attempt: int,
+        seed: int,
+        now: float,
+        state: RoundState,
+        members: Mapping[str, MemberState],
+    ) -> Round:
+        """The machine as it was persisted. Deadlines begin anew: no clock outlives a process.
+
+        Members that were still awaited are invited again at the next step.
+        """
+        self = cls(config, round_num, attempt, seed, now)
+        self.state = state
+        for agent_id, member_state in members.items():
+            self._members[agent_id] = _Member(member_state, invited_at=now)
+            if member_state in _WAITING:
+                self._members[agent_id].resend_at = now
+        self._num_invited_first = len(members)
+        if state is RoundState.COLLECTING:
+            self._ends_at = now + config.report_deadline_s
+        return self
+
+    def step(self, event: Event, now: float) -> list[Command]:
+        """Take one event at `now` and return what is to be done.
+
+        Raises:
+            IllegalEventError: the driver sent an event that cannot come in this state.
+        """
+        self.now = max(now, self.now)
+        commands = self._settle()
+        self._story.append(f"{self.state} {event}")
+        if type(event) in LEGAL[self.state]:
+            commands += self._apply(event)
+            commands += self._settle()
+        elif isinstance(event, UpdateAccepted | UpdateRejected | Aggregated | AggregationFailed):
+            raise IllegalEventError(
+                f"round {self.round_num}, attempt {self.attempt}: got {event} in state {self.state}; legal here: "
+                f"{', '.join(kind.__name__ for kind in LEGAL[self.state])}. The story: {'; '.join(self._story)}"
+            )
+        return commands
+
+    def resume(self) -> list[Command]:
+        """What a restored attempt must do first."""
+        if self.state is RoundState.AGGREGATING:
+            return [Aggregate(self.reported)]
+        return self._settle()
+
+    def deadline(self) -> float:
+        """When time alone changes something; infinity where it never does."""
+        if self.state is RoundState.SELECTING:
+            return self._ends_at
+        if self.state is not RoundState.COLLECTING:
+            return math.inf
+        return min(
+            self._ends_at,
+            self._grace_ends_at,
+            min((member.resend_at for member in self._members.values()), default=math.inf),
+        )
+
+    @property
+    def members(self) -> dict[str, MemberState]:
+        """The cohort and where each stands."""
+        return {agent_id: member.state for agent_id, member in self._members.items()}
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Agents whose updates are accepted, in order of their ids."""
+        return tuple(sorted(a for a, member in self._members.items() if member.state is MemberState.REPORTED))
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Agents that the round still waits for, in order of their ids."""
+        return tuple(sorted(a for a, member in self._members.items() if member.state in _WAITING))
+
+    @property
+    def ends_at(self) -> float:
+        """When the wait for updates ends, monotonic seconds."""
+        return self._ends_at
+
+    def is_open_to(self, agent_id: str) -> bool:
+        """Whether an update of this agent could still count."""
+        member = self._members.get(agent_id)
+        return (
+            self.state is RoundState.COLLECTING
+            and member is not None
+            and member.state in (MemberState.INVITED, MemberState.ACCEPTED, MemberState.LOST)
+        )
+
+    def status(self) -> str:
+        """One line: what is missing, and until when."""
+        left = f"{max(0.0, self.deadline() - self.now):.0f} s"
+        match self.state:
+            case RoundState.SELECTING:
+                return f"waiting for agents: {len(self._available)} of {self.config.minimum} are there (gives up in {left})"
+            case RoundState.COLLECTING:
+                left = f"{max(0.0, self._ends_at - self.now):.0f} s"
+                waiting = ", ".join(self.awaited[:5]) + (", ..." if len(self.awaited) > 5 else "")
+                return f"{len(self.reported)} of {self._wanted} updates, waiting for {waiting or 'nobody'} (at most {left})"
+            case RoundState.AGGREGATING:
+                return f"averaging {len(self.reported)} updates"
+            case RoundState.COMMITTED:
+                return f"committed {self.digest[:12]} from {len(self.reported)} updates"
+            case RoundState.ABANDONED:
+                return f"abandoned: {self.reason}"
+
+    def check(self) -> None:
+        """Assert the invariants that hold between any two steps."""
+        if self.state in (RoundState.AGGREGATING, RoundState.COMMITTED):
+            assert len(self.reported) >= self.config.quorum, "I5: fewer updates than the quorum"
+        if self.state is RoundState.COMMITTED:
+            assert self.digest, "a committed round without a digest"
+        if self.state is RoundState.ABANDONED:
+            assert self.reason, "an abandoned round without a reason"
+        if self.state is RoundState.COLLECTING:
+            assert self._members, "collecting from nobody"
+            assert self.awaited or self._grace_ends_at < math.inf, "waiting for nobody"
+
+    # What time does.
+
+    def _settle(self) -> list[Command]:
+        """Apply whatever the passing of time, or the counts, decide by now. Runs before and after each event."""
+        if self.state is RoundState.SELECTING and self.now >= self._ends_at:
+            return self._abandon(
+                f"{len(self._available)} of {self.config.minimum} agents were there after "
+                f"{self.config.selection_deadline_s:g} s; start more agents or lower min_agents"
+            )
+        if self.state is not RoundState.COLLECTING:
+            return []
+        return self._settle_members() + self._settle_end()
+
+    def _settle_members(self) -> list[Command]:
+        again: list[str] = []
+        for agent_id, member in self._members.items():
+            if self.now < member.resend_at:
+                continue
+            if self.now >= member.invited_at + self.config.acceptance_deadline_s:
+                self._fail(member, MemberState.LOST, "silent")
+            else:
+                again.append(agent_id)
+                member.resend_at = self.now + member.resend_s
+                member.resend_s *= 2
+            if member.state is MemberState.INVITED:
+                member.resend_at = min(member.resend_at, member.invited_at + self.config.acceptance_deadline_s)
+        commands = self._replace()
+        return ([Invite(tuple(again))] if again else []) + commands
+
+    def _settle_end(self) -> list[Command]:
+        num_reported = len(self.reported)
+        if self.config.target and num_reported >= self.config.target:
+            return self._close()
+        if self.now >= self._ends_at:
+            if num_reported >= self.config.quorum:
+                return self._close()
+            return self._abandon(self._shortfall(f"after {self.config.report_deadline_s:g} s"))
+        if self.awaited:
+            self._grace_ends_at = math.inf
+            return []
+        if num_reported >= self.config.quorum:
+            return self._close()
+        lost = any(member.state is MemberState.LOST for member in self._members.values())
+        if lost and self._grace_ends_at == math.inf:
+            self._grace_ends_at = self.now + _RETURN_GRACE_S
+        if lost and self.now < self._grace_ends_at:
+            return []
+        return self._abandon(self._shortfall("with nobody left to wait for"))
+
+    # What events do.
+
+    def _apply(self, event: Event) -> list[Command]:
+        match event:
+            case FleetChanged(available):
+                self._available = available
+                if self.state is RoundState.SELECTING and len(available) >= self.config.minimum:
+                    return self._select()
+            case Aggregated(digest):
+                self.state = RoundState.COMMITTED
+                self.digest = digest
+                return [Commit(digest)]
+            case AggregationFailed(reason):
+                return self._abandon(reason)
+            case CloseRequested():
+                return self._close_early()
+            case TimePassed():
+                pass
+            case _:
+                if event.agent_id in self._members:
+                    return self._apply_to_member(self._members[event.agent_id], event)
+        return []
+
+    def _apply_to_member(self, member: _Member, event: Event) -> list[Command]:
+        done = member.state in (MemberState.REPORTED, MemberState.REJECTED)
+        match event:
+            case UpdateAccepted():
+                member.state = MemberState.REPORTED
+                member.resend_at = math.inf
+            case UpdateRejected(_, reason):
+                self._fail(member, MemberState.REJECTED, reason)
+            case AgentAccepted() if not done and member.state is not MemberState.REFUSED:
+                member.state = MemberState.ACCEPTED
+                member.resend_at = math.inf
+            case AgentRefused(_, reason) if not done:
+                self._fail(member, MemberState.REFUSED, reason)
+            case AgentLost() if member.state in _WAITING:
+                self._fail(member, MemberState.LOST, "offline")
+            case AgentReturned(agent_id) if member.state in (*_WAITING, MemberState.LOST):
+                self._invite(agent_id)
+                return [Invite((agent_id,))]
+            case _:
+                return []
+        return self._replace()
+
+    def _select(self) -> list[Command]:
+        order = draw_order(self._available, self.seed, self.round_num)
+        wanted = math.ceil(self.config.target * self.config.over_select - 1e-9) if self.config.target else len(order)
+        chosen = order[: max(wanted, self.config.minimum)]
+        self.state = RoundState.COLLECTING
+        self._ends_at = self.now + self.config.report_deadline_s
+        self._num_invited_first = len(chosen)
+        for agent_id in chosen:
+            self._invite(agent_id)
+        return [Invite(tuple(chosen))]
+
+    def _invite(self, agent_id: str) -> None:
+        resend_s = min(_FIRST_RESEND_S, self.config.acceptance_deadline_s)
+        self._members[agent_id] = _Member(MemberState.INVITED, self.now, self.now + resend_s, resend_s * 2)
+
+    def _fail(self, member: _Member, state: MemberState, reason: str) -> None:
+        member.state = state
+        member.reason = reason
+        member.resend_at = math.inf
+
+    def _replace(self) -> list[Command]:
+        """Invite the next agents of the draw for those that will not report, up to the number first invited."""
+        short = self._num_invited_first - len(self.awaited) - len(self.reported)
+        spare = self._available - self._members.keys()
+        if short <= 0 or not spare or not self.config.target:
+            return []
+        chosen = draw_order(spare, self.seed, self.round_num)[:short]
+        for agent_id in chosen:
+            self._invite(agent_id)
+        return [Invite(tuple(chosen))]
+
+    def _close_early(self) -> list[Command]:
+        if len(self.reported) >= self.config.quorum and self.state is RoundState.COLLECTING:
+            return self._close()
+        return self._abandon(self._shortfall("when the operator closed it"))
+
+    def _close(self) -> list[Command]:
+        self.state = RoundState.AGGREGATING
+        return [*self._dismiss(), Aggregate(self.reported)]
+
+    def _abandon(self, reason: str) -> list[Command]:
+        dismiss = self._dismiss()
+        self.state = RoundState.ABANDONED
+        self.reason = reason
+        return [*dismiss, Abandon(reason)]
+
+    def _dismiss(self) -> list[Command]:
+        pending = (*_WAITING, MemberState.LOST)
+        waiting = tuple(sorted(a for a, member in self._members.items() if member.state in pending))
+        return [Dismiss(waiting)] if waiting else []
+
+    @property
+    def _wanted(self) -> int:
+        return self.config.target or len(self._members)
+
+    def _shortfall(self, when: str) -> str:
+        why = [
+            f"{agent_id} {member.state}" + (f" ({member.reason})" if member.reason else "")
+            for agent_id, member in sorted(self._members.items())
+            if member.state is not MemberState.REPORTED
+        ]
+        return f"{len(self.reported)} updates, quorum is {self.config.quorum}, {when}: " + (
+            ", ".join(why[:8]) or "none invited"
+        )

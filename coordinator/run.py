@@ -1,0 +1,570 @@
+"""One run: rounds 1..N of one task, from the initial model to the end, through lost agents, brokers and restarts.
+
+Purpose: own the versions of the model, and give each round as many attempts as it is allowed. What happens within an attempt
+is in attempt.py. Like it, this must not know of sockets, disks, tensors or clocks (`now` is monotonic seconds).
+
+States
+    PREPARING    the model of round 0 is being made
+    WAITING      for the broker, for `min_agents` agents, for an evaluation, or for the pause after an abandoned attempt
+    PUBLISHING   the current version is on its way to the broker
+    IN_ROUND     an attempt at a round is under way (its own states are in round.py)
+    FINISHING    all rounds are committed; the last evaluation is under way
+    DONE         every round is committed and evaluated (final)
+    FAILED       it cannot go on, for the reason that it carries (final)
+    STOPPED      the operator stopped it; it goes on when the coordinator is started again (final for this process)
+
+Every event is legal in every state: what comes late (a result of a stopped computation, a message of an old attempt)
+changes nothing. Only the machine of the round raises, for a result that it cannot have asked for.
+
+While a version is evaluated the next round already runs; the one after waits for the evaluation, so evaluations never pile up.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coordinator import round_events as rounds
+from coordinator import run_events as ev
+from coordinator.admission import Gates
+from coordinator.attempt import Attempt, Output, Tallies, address_of, cancel
+from coordinator.cohort import Change, Fleet
+from coordinator.round import MemberState, Round, RoundState
+from coordinator.run_config import RunConfig
+from coordinator.uplink import Verdict
+from midge.wire.frames import Frame, Framing
+from midge.wire.layout import Layout
+from midge.wire.messages import Evaluation
+
+_ROLL_CALL_EVERY_S = 10.0
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 60.0
+
+
+class RunState(enum.StrEnum):
+    """Where a run stands."""
+
+    PREPARING = "preparing"
+    WAITING = "waiting"
+    PUBLISHING = "publishing"
+    IN_ROUND = "in_round"
+    FINISHING = "finishing"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+FINAL = (RunState.DONE, RunState.FAILED, RunState.STOPPED)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of the model."""
+
+    round_num: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What a run needs to go on where it was.
+
+    Attributes:
+        version: the last one that was committed.
+        layout: of its model.
+        framing: how the run cuts it.
+        attempt: of the round after it; 0 where none was begun.
+        round_state: of that attempt.
+        members: of that attempt.
+        accepted: updates of that round that count already, of any attempt.
+        unevaluated: versions whose evaluation is still owed, at most two.
+        best: (round, value) so far.
+        tallies: of updates so far.
+    """
+
+    version: Version
+    layout: Layout
+    framing: Framing
+    attempt: int = 0
+    round_state: RoundState = RoundState.ABANDONED
+    members: Mapping[str, MemberState] = field(default_factory=dict)
+    accepted: Sequence[ev.AcceptedUpdate] = ()
+    unevaluated: Sequence[Version] = ()
+    best: tuple[int, float] | None = None
+    tallies: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+
+class Run:
+    """The machine. `step` takes an event and the time and returns commands; `deadline` says when to call it at the latest.
+
+    Args:
+        config: what the run is.
+        epoch: of this coordinator.
+        fleet: shared with the driver, which keeps it up to date before it sends `FleetMoved`.
+        now: monotonic seconds.
+        resumed: what is on disk of this run; None for a new one.
+        connected: whether the broker can be reached already.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        epoch: int,
+        fleet: Fleet,
+        now: float,
+        resumed: Resumed | None = None,
+        connected: bool = False,
+    ) -> None:
+        self.config = config
+        self.epoch = epoch
+        self.fleet = fleet
+        self.now = now
+        self.state = RunState.PREPARING
+        self.reason = ""
+        self.version: Version | None = None
+        self.attempt: Attempt | None = None
+        self.accepted: dict[str, ev.AcceptedUpdate] = {}
+        self.tallies = Tallies()
+        self.best: tuple[int, float] | None = None
+        self.framing: Framing | None = None
+        self._gates: Gates | None = None
+        self._connected = connected
+        self._published = False
+        self._publishing_since: float | None = None
+        self._num_attempts = 0
+        self._evaluating: dict[int, str] = {}
+        self._has_test_data = config.evaluate
+        self._pause_until = -math.inf
+        self._starts_by = now + config.start_deadline_s
+        self._started = False
+        self._roll_call_at = -math.inf
+        self._delta_norm = 0.0
+        self._saved_attempt: object = None
+        self._saved_run: object = None
+        if resumed is not None:
+            self._restore(resumed)
+
+    # The public surface.
+
+    def start(self) -> list[ev.Command]:
+        """What a new or a resumed run does first."""
+        before = self.state
+        commands: list[ev.Command] = []
+        if self.version is None:
+            commands.append(ev.PrepareModel(self.config.seed))
+        commands += [ev.EvaluateModel(round_num, digest) for round_num, digest in self._evaluating.items()]
+        if self.attempt is not None:
+            commands += self._take(self.attempt.resume(self.now))
+        return self._finish_step(commands, before)
+
+    def step(self, event: ev.Event, now: float) -> list[ev.Command]:
+        """Take one event at `now`, and return what is to be done. A peer can never make it raise."""
+        self.now = max(self.now, now)
+        if self.state in FINAL:
+            return self._after_the_end(event)
+        before = self.state
+        commands = self._settle()
+        if self.state not in FINAL:
+            commands += self._apply(event)
+        return self._finish_step(commands, before)
+
+    def deadline(self) -> float:
+        """When time alone changes something; infinity where it never does."""
+        if self.state in FINAL:
+            return math.inf
+        times = [self._pause_until if self._pause_until > self.now else math.inf]
+        if self.attempt is not None:
+            times.append(self.attempt.deadline())
+        if not self._started:
+            times.append(self._starts_by)
+        if self._wants_agents():
+            times.append(self._roll_call_at)
+        return min(times)
+
+    def frame_verdict(self, agent_id: str, frame: Frame, topic_index: int) -> Verdict:
+        """What to do with a frame that came under this agent's topic. Changes nothing."""
+        return Verdict.STALE if self.attempt is None else self.attempt.frame_verdict(agent_id, frame, topic_index)
+
+    def status(self) -> str:
+        """One line for a person: what the run is doing, what is missing, and until when."""
+        match self.state:
+            case RunState.PREPARING:
+                return "making the initial model"
+            case RunState.WAITING if not self._connected:
+                return "waiting for the broker"
+            case RunState.WAITING if self._pause_until > self.now:
+                return f"attempt {self._num_attempts} failed; trying again in {self._pause_until - self.now:.0f} s"
+            case RunState.WAITING if not self._started:
+                there = f"{self.num_available} of {self.config.round.minimum} are there"
+                return f"waiting for agents: {there} (at most {max(0.0, self._starts_by - self.now):.0f} s)"
+            case RunState.WAITING:
+                return f"waiting for the evaluation of round {min(self._evaluating, default=0)}"
+            case RunState.IN_ROUND if self.attempt is not None:
+                return f"round {self.current_round} of {self.config.rounds}: {self.attempt.round.status()}"
+            case RunState.FINISHING:
+                return "evaluating the final model"
+            case RunState.DONE:
+                return f"done: {self.config.rounds} rounds"
+            case RunState.FAILED | RunState.STOPPED:
+                return f"{self.state}: {self.reason}"
+            case _:
+                return f"publishing the model of round {self.current_round - 1}"
+
+    @property
+    def num_available(self) -> int:
+        """How many agents could take part now."""
+        return len(self._available())
+
+    @property
+    def current_round(self) -> int:
+        """The round that is under way, or that comes next."""
+        return (self.version.round_num if self.version else 0) + 1
+
+    def check(self) -> None:
+        """Assert the invariants that hold between any two steps."""
+        pending = 0
+        if self.attempt is not None:
+            self.attempt.check()
+            assert self.attempt.round.round_num == self.current_round, "I1: a round that does not follow its base"
+            pending = sum(1 for transfer in self.attempt.uplink.transfers.values() if transfer.header is not None)
+        received, settled = self.tallies.num_received, self.tallies.num_settled
+        assert received == settled + pending, f"I9: received {received}, settled {settled}, pending {pending}"
+        assert len(self._evaluating) <= 2, "evaluations pile up"
+
+    # What events do.
+
+    def _apply(self, event: ev.Event) -> list[ev.Command]:
+        match event:
+            case ev.FrameStored():
+                return self._take(self.attempt.on_frame(event, self.now)) if self.attempt else []
+            case ev.UpdateOffered():
+                return self._on_offer(event)
+            case ev.MessageCame(agent_id, message):
+                return self._take(self.attempt.on_message(agent_id, message, self.now)) if self.attempt else []
+            case ev.FrameDropped(agent_id, verdict):
+                if self.attempt is not None:
+                    self.attempt.on_dropped_frame(agent_id, verdict, self.now)
+            case ev.FleetMoved(agent_id, change):
+                return self._on_fleet(agent_id, change)
+            case ev.ModelPrepared() if self.version is None:
+                return self._on_prepared(event)
+            case ev.PreparationFailed(reason) if self.version is None:
+                self._end(RunState.FAILED, reason)
+            case ev.BrokerConnected():
+                self._connected = True
+                self._forget_publication()
+                self._roll_call_at = self.now
+            case ev.BrokerLost():
+                self._connected = False
+                self._forget_publication()
+            case ev.ModelPublished(round_num):
+                return self._on_published(round_num)
+            case ev.UpdatesAggregated(digest, delta_norm):
+                self._delta_norm = delta_norm
+                return self._to_round(rounds.Aggregated(digest))
+            case ev.AggregationBroke(reason):
+                return self._to_round(rounds.AggregationFailed(reason))
+            case ev.ModelEvaluated():
+                return self._on_evaluated(event)
+            case ev.CloseAsked():
+                return self._to_round(rounds.CloseRequested())
+            case ev.StopAsked():
+                self._end(RunState.STOPPED, "stopped by the operator; start it again to go on")
+        return []
+
+    def _on_prepared(self, event: ev.ModelPrepared) -> list[ev.Command]:
+        self._take_layout(event.layout, event.framing)
+        self.version = Version(0, event.digest)
+        self._starts_by = self.now + self.config.start_deadline_s
+        return [ev.SaveVersion(0, event.digest, None), *self._evaluate(self.version)]
+
+    def _on_published(self, round_num: int) -> list[ev.Command]:
+        if self.version is None or round_num != self.version.round_num or self._publishing_since is None:
+            return []
+        duration_s = self.now - self._publishing_since
+        self._publishing_since = None
+        self._published = True
+        return [ev.PhaseEnded(round_num, "publishing", duration_s)]
+
+    def _on_fleet(self, agent_id: str, change: Change) -> list[ev.Command]:
+        commands = self._to_round(rounds.FleetChanged(self._available()))
+        if change is Change.LEFT:
+            return commands + self._to_round(rounds.AgentLost(agent_id))
+        return commands + self._to_round(rounds.AgentReturned(agent_id))
+
+    def _on_offer(self, event: ev.UpdateOffered) -> list[ev.Command]:
+        self.tallies.add("received")
+        received = ev.UpdateReceived(event.agent_id)
+        if self.attempt is not None:
+            return [received, *self._take(self.attempt.on_offer(event, self.now))]
+        self.tallies.add("late", "stale")
+        late = ev.UpdateSettled(event.agent_id, "late", "stale")
+        return [received, late, cancel(event.agent_id, address_of(event.header))]
+
+    def _on_evaluated(self, event: ev.ModelEvaluated) -> list[ev.Command]:
+        self._evaluating.pop(event.round_num, None)
+        if event.score is None:
+            # No reason means that the task has no test data: then the agents' own evaluation decides what is best.
+            self._has_test_data = self._has_test_data and bool(event.reason)
+            return []
+        self._improve(event.round_num, event.score)
+        return [ev.SaveEvaluation(event.round_num, "central", event.score)]
+
+    # The current attempt.
+
+    def _to_round(self, event: rounds.Event) -> list[ev.Command]:
+        return self._take(self.attempt.step(event, self.now)) if self.attempt is not None else []
+
+    def _take(self, outputs: list[Output]) -> list[ev.Command]:
+        """Carry out what an attempt decided about the run, and pass on the rest."""
+        commands: list[ev.Command] = []
+        for output in outputs:
+            match output:
+                case rounds.Commit(digest):
+                    commands += self._commit(digest)
+                case rounds.Abandon(reason):
+                    commands += self._abandon(reason)
+                case _:
+                    commands.append(output)
+        return commands
+
+    def _open_round(self) -> list[ev.Command]:
+        self._started = True
+        self._num_attempts += 1
+        machine = Round(self.config.round, self.current_round, self._num_attempts, self.config.seed, self.now)
+        self.attempt = self._make_attempt(machine)
+        note = ev.RoundOpened(machine.round_num, self._num_attempts)
+        return [note, *self._to_round(rounds.FleetChanged(self._available()))]
+
+    def _make_attempt(self, machine: Round) -> Attempt:
+        assert self.version is not None
+        assert self.framing is not None
+        assert self._gates is not None
+        return Attempt(
+            self.config,
+            machine,
+            epoch=self.epoch,
+            model_digest=self.version.digest,
+            framing=self.framing,
+            gates=self._gates,
+            accepted=self.accepted,
+            tallies=self.tallies,
+        )
+
+    def _commit(self, digest: str) -> list[ev.Command]:
+        assert self.attempt is not None
+        assert self.version is not None
+        parent, machine = self.version, self.attempt.round
+        counted = [self.accepted[agent_id] for agent_id in machine.reported]
+        num_examples = sum(update.num_examples for update in counted)
+        duration_s = self.now - self.attempt.began_at
+        saved = ev.SaveVersion(
+            machine.round_num,
+            digest,
+            parent.digest,
+            len(counted),
+            num_examples,
+            self._delta_norm,
+            duration_s,
+            machine.attempt,
+        )
+        commands: list[ev.Command] = [saved, *self._federated_evaluation(parent, counted)]
+        commands += self._close_round("committed", "", num_examples)
+        self.version = Version(machine.round_num, digest)
+        self.accepted = {}
+        self._num_attempts = 0
+        self._forget_publication()
+        return commands + self._evaluate(self.version)
+
+    def _abandon(self, reason: str) -> list[ev.Command]:
+        commands = self._close_round("abandoned", reason, 0)
+        if self._num_attempts >= self.config.max_attempts:
+            tries = f"round {self.current_round} was abandoned {self._num_attempts} times"
+            self._end(RunState.FAILED, f"{tries}, the last time: {reason}")
+        self._pause_until = self.now + min(_FIRST_PAUSE_S * 2.0 ** (self._num_attempts - 1), _LONGEST_PAUSE_S)
+        return commands
+
+    def _close_round(self, outcome: str, reason: str, num_examples: int) -> list[ev.Command]:
+        assert self.attempt is not None
+        machine = self.attempt.round
+        norms = tuple(self.accepted[agent_id].norm for agent_id in machine.reported)
+        commands = self._take(self.attempt.close(self.now)) + self._save_attempt()
+        ended = ev.RoundEnded(
+            machine.round_num,
+            machine.attempt,
+            outcome,
+            reason,
+            self.now - self.attempt.began_at,
+            len(norms),
+            num_examples,
+            self._delta_norm if outcome == "committed" else 0.0,
+            norms,
+        )
+        self.attempt = None
+        return [*commands, ended]
+
+    # Evaluation.
+
+    def _evaluate(self, version: Version) -> list[ev.Command]:
+        if not self._has_test_data:
+            return []
+        self._evaluating[version.round_num] = version.digest
+        return [ev.EvaluateModel(version.round_num, version.digest)]
+
+    def _federated_evaluation(self, base: Version, counted: list[ev.AcceptedUpdate]) -> list[ev.Command]:
+        """What the agents found of the version before, on their own data, weighted by their examples."""
+        scores = [update.evaluation for update in counted if update.evaluation is not None]
+        if not scores:
+            return []
+        total = sum(score.num_examples for score in scores)
+        names = set.intersection(*(set(score.metrics) for score in scores))
+        score = Evaluation(
+            num_examples=total,
+            loss=sum(score.loss * (score.num_examples / total) for score in scores),
+            metrics={name: sum(s.metrics[name] * (s.num_examples / total) for s in scores) for name in sorted(names)},
+        )
+        if not self._has_test_data:
+            self._improve(base.round_num, score)
+        return [ev.SaveEvaluation(base.round_num, "federated", score)]
+
+    def _improve(self, round_num: int, score: Evaluation) -> None:
+        value = score.loss if self.config.best_metric == "loss" else score.metrics.get(self.config.best_metric)
+        if value is None:
+            return
+        sign = 1 if self.config.best_is_max else -1
+        if self.best is None or sign * value > sign * self.best[1]:
+            self.best = (round_num, value)
+
+    # From one step to the next.
+
+    def _settle(self) -> list[ev.Command]:
+        """Apply what the passing of time decides, before an event is looked at."""
+        commands = self._to_round(rounds.TimePassed())
+        if not self._started and self.now >= self._starts_by and self.state is RunState.WAITING:
+            came = f"{self.num_available} of {self.config.round.minimum} agents came"
+            within = f"within {self.config.start_deadline_s:g} s"
+            self._end(RunState.FAILED, f"{came} {within}; start more agents, or lower min_agents")
+        return commands
+
+    def _finish_step(self, commands: list[ev.Command], before: RunState) -> list[ev.Command]:
+        """Go as far as possible without another event, then add what must be acknowledged and persisted."""
+        while self.state not in FINAL:
+            self.state, more = self._advance()
+            commands += more
+            if not more:
+                break
+        if self.state not in FINAL and self._wants_agents() and self.now >= self._roll_call_at:
+            self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
+            commands.append(ev.CallRoll())
+        if self.attempt is not None:
+            commands += self.attempt.acknowledge(self.now)
+        commands += self._save_attempt()
+        if self.tallies.changed:
+            self.tallies.changed = False
+            commands.append(ev.SaveTallies(dict(self.tallies.counts)))
+        return commands + self._save_run(before)
+
+    def _advance(self) -> tuple[RunState, list[ev.Command]]:
+        """The state to be in now, and commands where a step towards the next round could be taken."""
+        if self.version is None:
+            return RunState.PREPARING, []
+        here = RunState.PUBLISHING if self.attempt is None else RunState.IN_ROUND
+        if self._connected and not self._published and self._publishing_since is None:
+            self._publishing_since = self.now
+            return here, [ev.PublishModel(self.version.round_num, self.version.digest)]
+        if self.attempt is not None:
+            return RunState.IN_ROUND, []
+        is_last = self.version.round_num >= self.config.rounds
+        if self._connected and not self._published:
+            return RunState.PUBLISHING, []
+        if is_last:  # also where the broker is gone: the model is stored
+            return (RunState.FINISHING if self._evaluating else RunState.DONE), []
+        if not self._connected:
+            return RunState.WAITING, []
+        if len(self._evaluating) > 1 or self.now < self._pause_until:
+            return RunState.WAITING, []
+        if not self._started and self.num_available < self.config.round.minimum:
+            return RunState.WAITING, []
+        return RunState.IN_ROUND, self._open_round()
+
+    def _end(self, state: RunState, reason: str) -> None:
+        self.state = state
+        self.reason = reason
+
+    def _after_the_end(self, event: ev.Event) -> list[ev.Command]:
+        """Agents that have not heard of the end are told that their work is not wanted."""
+        if isinstance(event, ev.UpdateOffered) and self.state is not RunState.STOPPED:
+            return [cancel(event.agent_id, address_of(event.header), "run_ended")]
+        return []
+
+    def _save_attempt(self) -> list[ev.Command]:
+        if self.attempt is None:
+            return []
+        machine = self.attempt.round
+        save = ev.SaveAttempt(machine.round_num, machine.attempt, machine.state, machine.reason, machine.members)
+        if save == self._saved_attempt:
+            return []
+        self._saved_attempt = save
+        return [save]
+
+    def _save_run(self, before: RunState) -> list[ev.Command]:
+        best_round, best_value = self.best or (None, None)
+        save = ev.SaveRun(self.state, self.reason, self.current_round - 1, best_round, best_value)
+        commands: list[ev.Command] = []
+        if save != self._saved_run:
+            self._saved_run = save
+            commands.append(save)
+        if self.state is not before:
+            commands.append(ev.RunChanged(self.state, self.reason))
+        return commands
+
+    # Small helpers.
+
+    def _restore(self, resumed: Resumed) -> None:
+        self._take_layout(resumed.layout, resumed.framing)
+        self.version = resumed.version
+        self.best = resumed.best
+        self.tallies = Tallies(resumed.tallies)
+        self.accepted = {update.agent_id: update for update in resumed.accepted}
+        if self.config.evaluate:
+            self._evaluating = {version.round_num: version.digest for version in resumed.unevaluated}
+        self._num_attempts = resumed.attempt
+        self._started = resumed.attempt > 0 or resumed.version.round_num > 0
+        if resumed.round_state in (RoundState.SELECTING, RoundState.COLLECTING, RoundState.AGGREGATING):
+            machine = Round.restore(
+                self.config.round,
+                round_num=self.current_round,
+                attempt=resumed.attempt,
+                seed=self.config.seed,
+                now=self.now,
+                state=resumed.round_state,
+                members=resumed.members,
+            )
+            self.attempt = self._make_attempt(machine)
+            self.state = RunState.IN_ROUND
+
+    def _take_layout(self, layout: Layout, framing: Framing) -> None:
+        self.framing = framing
+        self._gates = Gates(
+            layout=layout,
+            num_frames=framing.num_frames,
+            max_examples=self.config.max_examples,
+            norm_bound=self.config.norm_bound,
+        )
+
+    def _forget_publication(self) -> None:
+        self._published = False
+        self._publishing_since = None
+
+    def _available(self) -> frozenset[str]:
+        return self.fleet.available(self.config.task, self.config.labels)
+
+    def _wants_agents(self) -> bool:
+        if not self._connected or self.version is None:
+            return False
+        if self.attempt is not None:
+            return self.attempt.round.state is RoundState.SELECTING
+        return not self._started
