@@ -93,6 +93,11 @@ class Agent:
             return AgentState.OFFLINE
         return self.work
 
+    @property
+    def head(self) -> Head | None:
+        """The head of the model that the agent pulls or pulled last."""
+        return self._head
+
     def step(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take one event at `now`, and return what is to be done. A peer can never make it raise."""
         self.now = max(self.now, now)

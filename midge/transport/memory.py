@@ -60,7 +60,7 @@ class MemoryBroker:
         packet_limit_bytes: a larger message is refused at its sender.
     """
 
-    def __init__(self, rng: random.Random, faults: Faults = Faults(), packet_limit_bytes: int | None = None) -> None:  # noqa: B008
+    def __init__(self, rng: random.Random, faults: Faults = Faults(), packet_limit_bytes: int | None = None) -> None:
         self.now = 0.0
         self.faults = faults
         self.packet_limit_bytes = packet_limit_bytes

@@ -6,7 +6,7 @@ within them. Durations travel, times do not: no two clocks need agree.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -226,7 +226,9 @@ Message = ToAgent | ToCoordinator | CoordinatorStatus | RollCall | Head | Presen
 
 M = TypeVar("M", bound=Message)
 
-_decoders = {kinds: msgspec.json.Decoder(kinds) for kinds in (ToAgent, ToCoordinator, Message, *get_args(Message))}
+_decoders: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in get_args(Message)}
+_to_agent: msgspec.json.Decoder[ToAgent] = msgspec.json.Decoder(ToAgent)
+_to_coordinator: msgspec.json.Decoder[ToCoordinator] = msgspec.json.Decoder(ToCoordinator)
 _encoder = msgspec.json.Encoder()
 
 
@@ -235,16 +237,33 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(payload: bytes | memoryview, kinds: type[M]) -> M:
-    """The message in `payload`, of one of `kinds` (a message type, `ToAgent`, `ToCoordinator` or `Message`).
+def decode(payload: bytes | memoryview, kind: type[M]) -> M:
+    """The message in `payload`, which must be of this kind.
 
     Raises:
-        MessageError: it is none, or a field is missing or outside its limits; the message says which.
+        MessageError: it is not, or a field is missing or outside its limits; the message says which. So do the others.
     """
+    message: M = _decode(payload, _decoders[kind])
+    return message
+
+
+def decode_to_agent(payload: bytes | memoryview) -> ToAgent:
+    """The message in `payload`, of any kind that a coordinator tells an agent."""
+    return _decode(payload, _to_agent)
+
+
+def decode_to_coordinator(payload: bytes | memoryview) -> ToCoordinator:
+    """The message in `payload`, of any kind that an agent tells the coordinator."""
+    return _decode(payload, _to_coordinator)
+
+
+K = TypeVar("K")
+
+
+def _decode(payload: bytes | memoryview, decoder: msgspec.json.Decoder[K]) -> K:
     if len(payload) > MAX_MESSAGE_BYTES:
         raise MessageError(f"message of {len(payload)} bytes: expected at most {MAX_MESSAGE_BYTES}")
     try:
-        message: M = _decoders[kinds].decode(payload)
+        return decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(f"message of {len(payload)} bytes starting {bytes(payload[:60])!r}: {error}") from None
-    return message

@@ -1,0 +1,258 @@
+"""Aggregation: from the updates of a round and the model they were trained on to the next model.
+
+It goes frame by frame: frame i of every counted update, widened to float64, gives a block of the weighted mean; the
+strategy makes it a block of the next model, which is written in its place. No vector is ever whole in memory: each thread
+has one set of blocks, whatever the cohort and the model.
+
+**The same set of updates gives the same bits**, whatever the order of arrival, the number of threads or a restart between,
+because every element is computed by one fixed sequence of float64 operations:
+
+1. updates are sorted by agent id; the weights are normalised in float64 with an exactly rounded sum;
+2. `mean = ((w_0 x_0 + w_1 x_1) + w_2 x_2) + ...`. Rows are taken in groups that bound the memory; a group after the first
+   starts with the sum so far, at weight 1, which changes no bit, so neither does the size of a group;
+3. no frame looks at another; the sums of squares for the norm are added in the order of frames.
+
+`einsum` does step 2, in plain loops: BLAS is faster by a sixth of the whole, but the order in which it adds depends on the
+processor that it finds. (It is the compiled NumPy that fixes whether a multiply and an add are fused: a processor of
+another architecture may differ in a last bit.)
+
+Two equalities are exact by design. One agent with server learning rate 1 gives its own elements: its weight is n / n = 1.
+Agents that all return the global model leave it as it is: a mean of equal numbers is within an ulp or so of float64, and
+rounding to float32 takes that away; the sign of a zero, which a sum loses, is taken from the global model.
+
+**Integer buffers** (BatchNorm's `num_batches_tracked`) have no mean. Each takes the largest value that any counted update
+reports; a boolean counts as 0 or 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.gates import delta_sum_squares
+from coordinator.models import ModelFile, ModelStore, ModelWriter
+from coordinator.spool import RoundSpool, StoredFrame
+from coordinator.strategies.base import Strategy
+from midge.wire.frames import ELEMENT_BYTES, Framing
+
+_GROUP_ROWS = 20
+_TILE_ELEMENTS = 32 * 1024
+_RELEASE_BYTES = 32 * 1024 * 1024
+
+
+class AggregationError(Exception):
+    """These updates do not make a model: none is counted, one is incomplete, or the result is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountedUpdate:
+    """An update that passed the gates, and whose frames are all in the spool.
+
+    Attributes:
+        agent_id: whose it is.
+        content_tag: names it in the spool.
+        num_examples: how many examples it was trained on.
+        counters: its integer buffers' elements.
+    """
+
+    agent_id: str
+    content_tag: bytes
+    num_examples: int
+    counters: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """The next model, in the store.
+
+    Attributes:
+        digest: the model's.
+        delta_norm: Euclidean norm of `next - global` over the flat vector.
+        num_examples: that it was trained on, the sum over the updates.
+    """
+
+    digest: str
+    delta_norm: float
+    num_examples: int
+
+
+def aggregate(
+    base: ModelFile,
+    spool: RoundSpool,
+    updates: Sequence[CountedUpdate],
+    strategy: Strategy,
+    framing: Framing,
+    models: ModelStore,
+    num_threads: int = 1,
+) -> Aggregated:
+    """Make the next model of `updates`, in any order, that were trained on `base`, and store it.
+
+    Raises:
+        AggregationError: they do not make a model; nothing is stored.
+        OSError: the disk is full or fails; nothing is stored.
+    """
+    if framing.num_elements != base.layout.num_elements:
+        raise AggregationError(f"{framing}: the model has {base.layout.num_elements} elements")
+    ordered = sorted(updates, key=lambda update: update.agent_id)
+    _check_cohort(ordered)
+    weights = _weights(ordered, strategy)
+    counters = _largest_counters(ordered, base)
+    frames = [_complete(spool, update, framing) for update in ordered]
+    with models.writer(base.layout, counters) as writer:
+        fold = Fold(base, spool, frames, weights, strategy, framing, writer)
+        sums = fold.run(num_threads)
+        return Aggregated(writer.commit(), math.sqrt(sum(sums)), sum(update.num_examples for update in ordered))
+
+
+class Fold:
+    """All that the threads share while they make one model: nothing here changes.
+
+    Args:
+        base: the model that the updates were trained on.
+        spool: where their frames are.
+        frames: of each update, in the order of summation, its frames by index; all are there.
+        weights: of each update; they add up to 1.
+        strategy: makes of a mean the next model.
+        framing: of the run.
+        writer: of the next model.
+    """
+
+    def __init__(
+        self,
+        base: ModelFile,
+        spool: RoundSpool,
+        frames: Sequence[Mapping[int, StoredFrame]],
+        weights: Sequence[float],
+        strategy: Strategy,
+        framing: Framing,
+        writer: ModelWriter,
+    ) -> None:
+        self._base = base
+        self._spool = spool
+        self._frames = frames
+        self._strategy = strategy
+        self._framing = framing
+        self._writer = writer
+        self._tile_elements = min(framing.frame_elements, _TILE_ELEMENTS)
+        self._groups = [
+            (first, np.array([1.0, *weights[first : first + _GROUP_ROWS]]))
+            for first in range(0, len(frames), _GROUP_ROWS)
+        ]
+
+    def run(self, num_threads: int) -> list[float]:
+        """Write every frame of the next model; each frame's sum of `(next - global)^2`, by index."""
+        num_frames = self._framing.num_frames
+        num_threads = max(1, min(num_threads, num_frames))
+        if num_threads == 1:
+            return self._fold_frames(range(num_frames))
+        sums = [0.0] * num_frames
+        shares = [range(first, num_frames, num_threads) for first in range(num_threads)]
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="aggregate") as pool:
+            for share, share_sums in zip(shares, pool.map(self._fold_frames, shares), strict=True):
+                sums[share.start :: num_threads] = share_sums
+        return sums
+
+    def _fold_frames(self, indices: Iterable[int]) -> list[float]:
+        rows = np.empty((min(len(self._frames), _GROUP_ROWS) + 1, self._tile_elements), np.float64)
+        mean = np.empty(self._framing.frame_elements, np.float64)
+        sums = []
+        resident_bytes = 0
+        with np.errstate(all="ignore"):  # what is not finite is found by its sum of squares
+            for index in indices:
+                sums.append(self._fold_frame(index, rows, mean))
+                start, stop = self._framing.span(index)
+                resident_bytes += (stop - start) * ELEMENT_BYTES * (len(self._frames) + 1)
+                if resident_bytes >= _RELEASE_BYTES:
+                    self._spool.release()
+                    self._base.release()
+                    resident_bytes = 0
+        return sums
+
+    def _fold_frame(self, index: int, rows: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
+        start, stop = self._framing.span(index)
+        block = mean[: stop - start]
+        frames = [by_index[index] for by_index in self._frames]
+        for first in range(0, len(block), self._tile_elements):
+            tile = block[first : first + self._tile_elements]
+            self._mean_tile(frames, first, rows[:, : len(tile)], tile)
+        global_block = self._base.elements[start:stop]
+        next_block = self._strategy.apply(global_block, block)
+        if len(frames) > 1:
+            _restore_zero_signs(next_block, global_block)
+        sum_squares = delta_sum_squares(next_block, global_block, mean)
+        if not math.isfinite(sum_squares):
+            raise AggregationError(
+                f"elements {start} to {stop} of the next model are not all finite, after {self._strategy!r} "
+                f"on {len(frames)} updates: nothing is stored; lower the server's or the agents' learning rate"
+            )
+        self._writer.write(start, next_block)
+        return sum_squares
+
+    def _mean_tile(
+        self, frames: Sequence[StoredFrame], first: int, rows: NDArray[np.float64], out: NDArray[np.float64]
+    ) -> None:
+        """The weighted mean of elements `first` to `first + len(out)` of `frames`, into `out`."""
+        if len(frames) == 1:
+            self._spool.load_rows(frames, first, out[np.newaxis])  # at weight 1; a sum would lose the sign of a zero
+            return
+        for group_start, weights in self._groups:
+            group = frames[group_start : group_start + _GROUP_ROWS]
+            skip = 1 if group_start == 0 else 0
+            rows[0] = out
+            self._spool.load_rows(group, first, rows[1 : len(group) + 1])
+            np.einsum("k,kc->c", weights[skip:], rows[skip : len(group) + 1], out=out)
+
+
+def _restore_zero_signs(next_block: NDArray[np.float32], global_block: NDArray[np.float32]) -> None:
+    """Give zeros of `next_block` the sign of the global model's, where that is zero too."""
+    zeros = next_block == 0
+    if zeros.any():
+        np.copyto(next_block, global_block, where=zeros & (global_block == 0))
+
+
+def _check_cohort(ordered: Sequence[CountedUpdate]) -> None:
+    if not ordered:
+        raise AggregationError("no update is counted: expected at least one")
+    for one, other in itertools.pairwise(ordered):
+        if one.agent_id == other.agent_id:
+            raise AggregationError(f"two updates of {one.agent_id}: an agent counts at most once")
+
+
+def _weights(ordered: Sequence[CountedUpdate], strategy: Strategy) -> list[float]:
+    weights = [strategy.weight(update.num_examples) for update in ordered]
+    total = math.fsum(weights)
+    if min(weights) < 0 or not 0 < total < math.inf:
+        raise AggregationError(
+            f"{len(weights)} updates weigh {total} in all, the least {min(weights)}, by {strategy!r}: "
+            "expected none below 0, and a finite sum above 0"
+        )
+    return [weight / total for weight in weights]
+
+
+def _largest_counters(ordered: Sequence[CountedUpdate], base: ModelFile) -> tuple[int, ...]:
+    for update in ordered:
+        if len(update.counters) != base.layout.num_counters:
+            raise AggregationError(
+                f"update of {update.agent_id} has {len(update.counters)} counters: "
+                f"the layout has {base.layout.num_counters}"
+            )
+    return tuple(max(values) for values in zip(*(update.counters for update in ordered), strict=True))
+
+
+def _complete(spool: RoundSpool, update: CountedUpdate, framing: Framing) -> Mapping[int, StoredFrame]:
+    frames = spool.stored(update.agent_id, update.content_tag)
+    for index in range(framing.num_frames):
+        start, stop = framing.span(index)
+        seen = frames[index].num_elements if index in frames else 0
+        if seen != stop - start:
+            raise AggregationError(
+                f"update {update.content_tag.hex()} of {update.agent_id}: frame {index} has {seen} elements in {spool!r}, "
+                f"expected {stop - start}"
+            )
+    return frames

@@ -1,0 +1,189 @@
+"""The coordinator's settings: what a run is, and how the coordinator works.
+
+Some settings *define* a run: its rounds would give other bits with other values. They are `run_definition`, and their
+digest is the run's fingerprint, by which a restarted coordinator knows whether it may go on with a run that it finds. The
+rest (deadlines, addresses, logs) may change from one start to the next.
+
+docs/configuration.md lists them all; `midge.settings` says where values come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from midge import settings as sources
+from midge.settings import CommonSettings, Problem, Seconds
+from midge.wire.messages import Labels, Parameters
+
+MAX_AGENTS = 100_000
+NOT_SETTINGS = frozenset({"MIDGE_CONFIG"})
+"""Names in the environment that belong to the command line."""
+
+
+class Settings(CommonSettings, frozen=True, kw_only=True):
+    """Everything that an operator may tell the coordinator."""
+
+    rounds: Annotated[int, Meta(ge=1, le=1_000_000, description="Rounds of the run.")] = 30
+    seed: Annotated[
+        int, Meta(ge=0, le=2**53, description="Seed of every random choice: initial model, cohorts, training.")
+    ] = 0
+    min_agents: Annotated[
+        int, Meta(ge=1, le=MAX_AGENTS, description="Agents to wait for before the run, and least agents of a round.")
+    ] = 2
+    cohort: Annotated[
+        int, Meta(ge=0, le=MAX_AGENTS, description="Agents wanted in a round; 0: every agent that is there.")
+    ] = 0
+    quorum: Annotated[
+        int, Meta(ge=0, le=MAX_AGENTS, description="Accepted updates that a round needs; 0: as many as `min_agents`.")
+    ] = 0
+    over_select: Annotated[
+        float, Meta(ge=1, le=10, description="Agents invited for each one wanted, where there are as many.")
+    ] = 1.3
+    select: Annotated[
+        Labels,
+        Meta(description="Labels that an agent must have to be invited, as `site=lab`; empty: all may take part."),
+    ] = msgspec.field(default_factory=dict)
+    local_epochs: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Passes over its own data that an agent makes in a round.")
+    ] = 1
+    batch_size: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="Examples in a batch; 0: all at once, which makes it FedSGD.")
+    ] = 10
+    learning_rate: Annotated[float, Meta(gt=0, le=1_000_000, description="Step size on the agents.")] = 0.1
+    momentum: Annotated[float, Meta(ge=0, lt=1, description="Momentum of the agents' optimiser.")] = 0.0
+    task_options: Annotated[
+        Parameters, Meta(description="What the task alone knows, as `width=32`; sent to agents with each invitation.")
+    ] = msgspec.field(default_factory=dict)
+    strategy: Annotated[Literal["fedavg"], Meta(description="How updates become the next model.")] = "fedavg"
+    weighting: Annotated[
+        Literal["examples", "uniform"], Meta(description="Weight of an update in the mean: its examples, or 1.")
+    ] = "examples"
+    server_learning_rate: Annotated[
+        float, Meta(gt=0, le=1_000_000, description="Factor on the mean delta; 1 takes the mean itself.")
+    ] = 1.0
+    norm_bound: Annotated[
+        float, Meta(ge=0, le=1e15, description="Largest L2 norm of an acceptable delta; 0: no bound.")
+    ] = 0.0
+    max_examples: Annotated[
+        int, Meta(ge=1, le=2**53, description="Most examples that an update may claim; more, and it is rejected.")
+    ] = 10_000_000
+    start_deadline_s: Annotated[
+        Seconds, Meta(description="Longest wait for `min_agents` at the start; then the run fails.")
+    ] = 3600.0
+    selection_deadline_s: Annotated[
+        Seconds,
+        Meta(description="Longest wait for enough agents to take part in a round; then the attempt is abandoned."),
+    ] = 60.0
+    acceptance_deadline_s: Annotated[
+        Seconds, Meta(description="An invited agent that has not answered after this is passed over.")
+    ] = 20.0
+    round_deadline_s: Annotated[
+        Seconds, Meta(description="Longest wait for updates; then the round takes what is there, or is abandoned.")
+    ] = 600.0
+    max_attempts: Annotated[int, Meta(ge=1, le=1000, description="Attempts at a round; then the run fails.")] = 5
+    evaluate: Annotated[
+        bool, Meta(description="Whether the coordinator evaluates each version, where the task has test data.")
+    ] = True
+    evaluation_deadline_s: Annotated[
+        Seconds, Meta(description="Longest evaluation on the coordinator; then it is given up.")
+    ] = 600.0
+    best_metric: Annotated[
+        str, Meta(min_length=1, max_length=64, description="Metric that tells the best version, or `loss`.")
+    ] = "accuracy"
+    best_mode: Annotated[Literal["max", "min"], Meta(description="Which end of `best_metric` is best.")] = "max"
+    state_dir: Annotated[
+        str, Meta(min_length=1, max_length=1000, description="Directory of the database, models and received updates.")
+    ] = "midge-state"
+    keep_models: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Latest versions that are kept, besides the best one.")
+    ] = 10
+    aggregation_threads: Annotated[
+        int, Meta(ge=1, le=256, description="Threads that aggregate; their number does not change the result.")
+    ] = 1
+    http_host: Annotated[
+        str, Meta(min_length=1, max_length=255, description="Address that metrics, health and the API are served at.")
+    ] = "127.0.0.1"
+    http_port: Annotated[int, Meta(ge=0, le=65_535, description="Its port; 0: any free one.")] = 8080
+
+    @property
+    def needed_updates(self) -> int:
+        """The quorum, as a number of updates."""
+        return self.quorum or self.min_agents
+
+
+def load_settings(
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    options: Mapping[str, object | None] | None = None,
+    assignments: Sequence[str] = (),
+    ignore: Collection[str] = NOT_SETTINGS,
+) -> Settings:
+    """The coordinator's settings from all sources, see `midge.settings.load`.
+
+    Raises:
+        midge.settings.SettingsError: something is wrong; it says everything that is.
+    """
+    return sources.load(
+        Settings, file=file, environ=environ, options=options, assignments=assignments, check=check, ignore=ignore
+    )
+
+
+def check(settings: Settings) -> list[Problem]:
+    """What is wrong between settings that are each right."""
+    found = sources.check_common(settings)
+    for key in ("min_agents", "quorum"):
+        number = getattr(settings, key)
+        if 0 < settings.cohort < number:
+            text = f"is {number}, above cohort ({settings.cohort}): lower it, raise cohort, or let cohort be 0 (every agent)"
+            found.append(Problem(key, text, ("cohort",)))
+    return found
+
+
+def run_definition(settings: Settings) -> dict[str, Any]:
+    """The settings that a run's results depend on, in JSON's types.
+
+    Equal runs have equal definitions: `quorum` is the number of updates that it stands for, numbers have the field's type.
+    """
+    # Settings that were made in code may hold 1 for 1.0.
+    typed = msgspec.convert(msgspec.structs.asdict(settings), Settings)
+    return {key: getattr(typed, key) for key in _DEFINING} | {"quorum": typed.needed_updates}
+
+
+def run_fingerprint(settings: Settings) -> str:
+    """The 64 hexadecimal digits that two settings share only if they define the same run."""
+    canonical = msgspec.json.encode(run_definition(settings), order="sorted")
+    return hashlib.sha256(b"midge-run-1\n" + canonical).hexdigest()
+
+
+def training_differences(a: Settings, b: Settings) -> list[str]:
+    """The keys in which the runs that two settings define differ; empty where the fingerprints are equal."""
+    ours, theirs = run_definition(a), run_definition(b)
+    return [key for key in ours if ours[key] != theirs[key]]
+
+
+_DEFINING = (
+    "task",
+    "rounds",
+    "seed",
+    "cohort",
+    "quorum",
+    "min_agents",
+    "over_select",
+    "select",
+    "local_epochs",
+    "batch_size",
+    "learning_rate",
+    "momentum",
+    "task_options",
+    "strategy",
+    "weighting",
+    "server_learning_rate",
+    "norm_bound",
+)

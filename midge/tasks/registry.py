@@ -1,0 +1,129 @@
+"""The registry: from the name of a task, as an operator typed it, to the task.
+
+A reference is one of
+
+    digits                    a built-in task
+    thermostat                an entry point of the group `midge.tasks`, of a package that is installed
+    package.module:object     an object of any module that can be imported
+
+where the object is a task, or a class or a function that gives one when called with nothing. A built-in name wins over
+an entry point of the same name. A task's module, and torch with it, is imported when the task is asked for, not before.
+
+**Importing is running.** What a reference names is imported, so a reference must come from the operator of this very
+process: its command line or its configuration file. One that came in a message is compared with the operator's, as
+text, and never given to `find_task`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+from midge.tasks.base import Task, TaskError
+
+ENTRY_POINT_GROUP = "midge.tasks"
+
+_BUILT_IN = {"digits": "midge.tasks.digits:DigitsTask"}
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_MEMBERS = ("name", "initial_state", "load_data", "num_examples", "test_data", "train", "evaluate")
+"""What makes an object a task; a test compares it with the protocol."""
+
+
+def task_names() -> tuple[str, ...]:
+    """The names that need no module: built-in tasks and entry points, in alphabetical order. Imports none of them."""
+    return tuple(sorted({*_BUILT_IN, *_entry_points()}))
+
+
+def find_task(reference: str) -> Task:
+    """The task that `reference` names. It must come from this process's operator, never from a peer.
+
+    Raises:
+        TaskError: there is none, its module cannot be imported, or the object is no task; says which, and what to do.
+    """
+    if ":" in reference:
+        target = reference
+    elif reference in _BUILT_IN:
+        target = _BUILT_IN[reference]
+    elif reference in (points := _entry_points()):
+        target = points[reference].value
+    else:
+        raise TaskError(_unknown(reference))
+    return _as_task(reference, _load(reference, target))
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _unknown(reference: str) -> str:
+    known = task_names()
+    hint = _did_you_mean(reference, known)
+    module, dot, name = reference.rpartition(".")
+    if dot and not hint:
+        hint = f" Did you mean '{module}:{name}'?"
+    return (
+        f"task {reference!r}: not known.{hint} Known are {', '.join(known)}; yours is named as package.module:object."
+    )
+
+
+def _load(reference: str, target: str) -> object:
+    """The object at `target`; `reference` is what was asked for, and what errors speak of."""
+    if not _REFERENCE.fullmatch(target):
+        leads = "" if target == reference else f" leads to {target!r}"
+        raise TaskError(f"task {reference!r}{leads}: expected package.module:object, such as my_tasks.images:ImageTask")
+    module_name, _, path = target.partition(":")
+    found: object = _import(reference, module_name)
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            public = [name for name in dir(found) if not name.startswith("_")]
+            hint = _did_you_mean(attribute, public)
+            raise TaskError(f"task {reference!r}: module {module_name} was imported and has no {path!r}.{hint}")
+        found = getattr(found, attribute)
+    return found
+
+
+def _import(reference: str, module_name: str) -> object:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name == missing or module_name.startswith(missing + "."):
+            raise TaskError(
+                f"task {reference!r}: no module {missing!r} is found. Install it into this environment, or name its "
+                "directory in PYTHONPATH."
+            ) from None
+        remedy = "pip install 'midge[torch]'" if module_name.startswith("midge.") else "install what provides it"
+        raise TaskError(f"task {reference!r}: it imports {missing!r}, which is not installed: {remedy}") from None
+    except Exception as error:  # a module may raise anything while it runs
+        raise TaskError(f"task {reference!r}: importing {module_name} failed: {_described(error)}") from error
+
+
+def _as_task(reference: str, found: object) -> Task:
+    """`found` where it is a task; else what calling it gives."""
+    if isinstance(found, type) or (callable(found) and _lacks(found)):
+        try:
+            found = found()
+        except Exception as error:  # as above: it is somebody's code
+            raise TaskError(f"task {reference!r}: calling it with no arguments failed: {_described(error)}") from error
+    lacks = _lacks(found)
+    if lacks:
+        kind = f"is of type {type(found).__name__}, which is no task"
+        raise TaskError(f"task {reference!r}: it {kind}: it lacks {', '.join(lacks)}. See midge.tasks.base.Task.")
+    return cast("Task", found)
+
+
+def _lacks(found: object) -> list[str]:
+    return [member for member in _MEMBERS if not hasattr(found, member)]
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
