@@ -43,7 +43,7 @@ from midge.wire.frames import ELEMENT_BYTES, Framing
 
 _GROUP_ROWS = 20
 _TILE_ELEMENTS = 32 * 1024
-_RELEASE_BYTES = 32 * 1024 * 1024
+_RELEASE_BYTES = 8 * 1024 * 1024
 
 
 class AggregationError(Exception):
@@ -167,9 +167,8 @@ class Fold:
             for index in indices:
                 sums.append(self._fold_frame(index, rows, mean))
                 start, stop = self._framing.span(index)
-                resident_bytes += (stop - start) * ELEMENT_BYTES * (len(self._frames) + 1)
+                resident_bytes += (stop - start) * ELEMENT_BYTES
                 if resident_bytes >= _RELEASE_BYTES:
-                    self._spool.release()
                     self._base.release()
                     resident_bytes = 0
         return sums

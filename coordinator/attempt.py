@@ -130,6 +130,11 @@ class Attempt:
         """What a restored attempt does first."""
         return self._translate(self.round.resume(), now)
 
+    def renew(self, epoch: int, now: float) -> list[Output]:
+        """This coordinator has a higher epoch now: invite again whoever is still awaited."""
+        self.address = self.address._replace(epoch=epoch)
+        return self._invite(self.round.awaited, now)
+
     def deadline(self) -> float:
         """When time alone changes something."""
         return min(self.round.deadline(), self.uplink.deadline())

@@ -171,6 +171,11 @@ class Run:
             commands += self._apply(event)
         return self._finish_step(commands, before)
 
+    def raise_epoch(self, epoch: int) -> list[ev.Command]:
+        """This coordinator has a higher epoch now: agents that still work are told."""
+        self.epoch = epoch
+        return self._take(self.attempt.renew(epoch, self.now)) if self.attempt is not None else []
+
     def deadline(self) -> float:
         """When time alone changes something; infinity where it never does."""
         if self.state in FINAL:

@@ -24,8 +24,12 @@ not synced may be missing or zero. Opening reads every record: one whose own hea
 follows is cut off; one whose frame is damaged is skipped. Neither loses more than a resend, since an agent keeps its update
 until it has a receipt.
 
+**Growth.** Beyond its first 2 MiB a segment grows by 2 MiB of zeros at a time, into which records are then written. That is
+for the reader: pages that one large write made lie together in memory, and a map of them costs a tenth of the page faults
+(aggregation measured 1.6 times faster); pages of many small writes do not.
+
 **Reading** is by position, so threads read while one thread appends. `read_into` copies; `load_rows` reads through a memory
-map, which measured a fifth faster in aggregation, and `release` gives the map's resident pages back, so that memory does not
+map, which measured a fifth faster in aggregation, and gives the map's pages back after every 64 MiB, so that memory does not
 grow with the segment. A map turns a failing disk into a signal that ends the process; but opening has just read every byte,
 and reports such a disk as an `OSError`.
 """
@@ -58,6 +62,8 @@ _RECORD_BYTES = _FIELDS.size + _CHECKSUM.size
 _MAGIC = b"MSP1"
 _FRAME, _FORGET = 1, 2
 _ALIGNMENT = 8
+_EXTENT_BYTES = 2 * 1024 * 1024
+_MAX_RESIDENT_EXTENTS = 32
 _LARGEST_FRAME = 2**24 * ELEMENT_BYTES + HEADER_BYTES
 _FLOAT32_LE = np.dtype("<f4")
 _NOTHING: Mapping[int, StoredFrame] = MappingProxyType({})
@@ -82,7 +88,7 @@ class StoredFrame:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What opening a segment found: frames kept, damaged frames skipped, and bytes cut off at the end."""
+    """What opening a segment found: frames kept, damaged frames skipped, and torn bytes cut off at the end."""
 
     num_frames: int = 0
     num_damaged: int = 0
@@ -124,7 +130,9 @@ class RoundSpool:
         self.recovery = Recovery()
         self._frames: dict[tuple[str, bytes], dict[int, StoredFrame]] = {}
         self._end = 0
+        self._grown = 0
         self._map: mmap.mmap | None = None
+        self._resident: set[int] = set()
         self._elements = np.empty(0, _FLOAT32_LE)
         self._map_lock = threading.Lock()
         created = not path.exists()
@@ -222,16 +230,14 @@ class RoundSpool:
         """Widen a slice of each of `frames` into a row of `out` (float64[len(frames), n]): elements `first` to `first + n`."""
         num_elements = out.shape[1]
         elements = self._mapped(max(frame.offset + frame.num_elements * ELEMENT_BYTES for frame in frames))
-        for row, frame in enumerate(frames):
-            if first + num_elements > frame.num_elements:
-                raise ValueError(f"elements {first} to {first + num_elements} of {frame}")
-            start = frame.offset // ELEMENT_BYTES + first
-            out[row] = elements[start : start + num_elements]
-
-    def release(self) -> None:
-        """Give back the memory in which the map's pages are resident. Harmless at any time, in any thread."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if min(frame.num_elements for frame in frames) < first + num_elements:
+            raise ValueError(f"elements {first} to {first + num_elements} are not in all of {frames}")
+        starts = [frame.offset // ELEMENT_BYTES + first for frame in frames]
+        out[:] = [elements[start : start + num_elements] for start in starts]
+        self._resident.update(frame.offset // _EXTENT_BYTES for frame in frames)
+        if len(self._resident) > _MAX_RESIDENT_EXTENTS and self._map is not None:
+            self._resident.clear()
+            self._map.madvise(mmap.MADV_DONTNEED)  # harmless to other threads: they map their pages again
 
     def close(self) -> None:
         """Close the segment; it stays on disk."""
@@ -273,6 +279,7 @@ class RoundSpool:
     def _write_all(self, parts: list[bytes | memoryview], num_bytes: int) -> None:
         self._dirty = True
         try:
+            self._grow(self._end + num_bytes)
             written = os.pwritev(self._fd, parts, self._end)
             if written < num_bytes:  # the disk is nearly full, or a signal came: the next write says which
                 rest = memoryview(b"".join(parts))
@@ -282,7 +289,18 @@ class RoundSpool:
             # What was written in part lies past the end of the log, and the next record would overwrite it anyway.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._end)
+            self._grown = self._end
             raise
+
+    def _grow(self, stop: int) -> None:
+        """Make room up to byte `stop`, in whole extents at multiples of their size."""
+        if stop < _EXTENT_BYTES:
+            return
+        extent = max(self._grown, self._end)
+        extent += -extent % _EXTENT_BYTES
+        while extent < stop:
+            extent += os.pwrite(self._fd, bytes(_EXTENT_BYTES - extent % _EXTENT_BYTES), extent)
+        self._grown = max(self._grown, extent)
 
     def _remember(self, record: _Record, frame: Frame) -> None:
         frames = self._frames.setdefault((record.agent_id, bytes(frame.content_tag)), {})
@@ -295,10 +313,18 @@ class RoundSpool:
         while (record := self._read_record(self._end, size_bytes)) is not None:
             num_damaged += not self._replay(record)
             self._end = record.stop
+        torn_bytes = self._torn_bytes(size_bytes)
         if self._end < size_bytes:
             os.ftruncate(self._fd, self._end)
         num_frames = sum(map(len, self._frames.values()))
-        self.recovery = Recovery(num_frames, num_damaged, size_bytes - self._end)
+        self.recovery = Recovery(num_frames, num_damaged, torn_bytes)
+
+    def _torn_bytes(self, size_bytes: int) -> int:
+        """How much lies past the end of the log, but for the room that it had to grow."""
+        rest_bytes = size_bytes - self._end
+        if rest_bytes > 2 * _EXTENT_BYTES:
+            return rest_bytes
+        return len(os.pread(self._fd, rest_bytes, self._end).rstrip(b"\0"))
 
     def _read_record(self, start: int, size_bytes: int) -> _Record | None:
         """The record at `start`; None where the log ends, whole or torn."""

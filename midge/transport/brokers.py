@@ -165,9 +165,10 @@ def _start_mosquitto(directory: Path, log: Path, port: int, options: Sequence[st
     user = ["user root"] if os.geteuid() == 0 else []
     config.write_text("\n".join([_MOSQUITTO_CONFIG.format(port=port, host=HOST), *user, *options, ""]))
     broker = LocalBroker("mosquitto", port, _spawn([program, "-c", str(config)], log, subprocess.DEVNULL), log)
+    ports = [port, *(int(line.split()[1]) for line in options if line.startswith("listener "))]
     deadline = time.monotonic() + _START_TIMEOUT_S
     while broker.is_running() and time.monotonic() < deadline:
-        if _answers(port) and broker.is_running():
+        if all(map(_answers, ports)) and broker.is_running():
             return broker
         time.sleep(_POLL_S)
     raise _failed(broker)

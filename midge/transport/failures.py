@@ -47,6 +47,7 @@ _MAX_DOUBLINGS = 12
 class Reason(IntEnum):
     """Reason codes of MQTT 5 (section 2.4 of the standard) that mean more than "try again"; 3.1.1's are put into them."""
 
+    PROTOCOL_ERROR = 130
     UNSUPPORTED_VERSION = 132
     BAD_CLIENT_ID = 133
     BAD_PASSWORD = 134

@@ -182,6 +182,10 @@ class _PahoLink:
         except WebsocketConnectionError as error:
             reason = f"{self._address}: no WebSocket there ({error}): check the port and the path"
             raise LinkError(Failure(Kind.LOST, reason)) from error
+        except (ConnectionResetError, ssl.SSLEOFError) as error:
+            hint = ": does it speak TLS on this port?" if self._address.uses_tls else ""
+            reason = f"{self._address}: the broker closed the connection while it was opened{hint}"
+            raise LinkError(Failure(Kind.LOST, reason)) from error
         opened = self._client.socket()
         if opened is None:
             raise LinkError(self.failure or Failure(Kind.LOST, f"{self._address}: the socket closed at once"))
@@ -345,6 +349,9 @@ class _PahoLink:
             return
         if flags.is_disconnect_packet_from_server:
             self.failure = explain_disconnect(code.value, str(code), self._address, self._settings.client_id)
+        elif self.accepted is None and code.value == Reason.PROTOCOL_ERROR:
+            # paho hands out no CONNACK of 3.1.1 that refuses the version: it ends like one that it cannot read.
+            self.failure = explain_refusal(Reason.UNSUPPORTED_VERSION, "", self._address, self._settings.client_id)
         elif self.accepted is None and not isinstance(self._error, ssl.SSLError):
             self.failure = Failure(
                 Kind.NO_ANSWER, f"{self._address}: closed the connection without an answer to CONNECT"

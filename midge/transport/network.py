@@ -33,8 +33,10 @@ from midge.transport.link import Link, PublishRequest, Request, SubscribeRequest
 
 ANSWER_TIMEOUT_S = 10.0
 """How long a broker may take to answer a CONNECT."""
-LASTING_S = 5.0
+LASTING_S = 30.0
 """A connection that lived this long was a good one: the next wait is a short one again."""
+NUM_SHORT_LIVED = 3
+"""After so many in a row that did not, a likely cause is named."""
 STUCK_S = 60.0
 """A thread that has not come round for this long is stuck."""
 
@@ -88,6 +90,7 @@ class NetworkThread(ABC):
         self._watched = 0
         self._turned_at = time.monotonic()
         self._online_at = 0.0
+        self._num_short_lived = 0
         self._reported = ""
 
     @abstractmethod
@@ -172,7 +175,7 @@ class NetworkThread(ABC):
     def _emit(self, event: TransportEvent, size_bytes: int = 0) -> None:
         try:
             self._events.put(event, size_bytes)
-        except Exception:
+        except Exception:  # noqa: BLE001  # whatever a sink does, the thread goes on
             log_event(log, logging.ERROR, "event lost: its queue raised", exc_info=True, kind=type(event).__name__)
 
     # From here on: the thread.
@@ -181,7 +184,7 @@ class NetworkThread(ABC):
         while not self._stop_requested.is_set():
             try:
                 failure = self._attempt()
-            except Exception:
+            except Exception:  # noqa: BLE001  # the thread outlives every bug
                 log_event(log, logging.ERROR, "network thread recovered", exc_info=True)
                 failure = Failure(Kind.LOST, "internal error")
             self._stop_requested.wait(self._backoff.next_wait_s(failure.kind))
@@ -196,7 +199,7 @@ class NetworkThread(ABC):
         link = self._make_link()
         try:
             failure = self._serve(link)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # a link may raise anything
             failure = explain_error(error, self._address)
             if not isinstance(error, OSError | LinkError):
                 log_event(log, logging.ERROR, "connection given up: internal error", exc_info=True)
@@ -204,8 +207,8 @@ class NetworkThread(ABC):
             was_online = self._go_offline()
             link.close()
         failure = self._judge(failure, accepted=link.accepted is not None)
-        if was_online and time.monotonic() - self._online_at >= LASTING_S:
-            self._backoff.reset()
+        if was_online:
+            failure = self._look_back(failure, time.monotonic() - self._online_at)
         if not self._stop_requested.is_set():
             self._report(failure, was_online=was_online)
         return failure
@@ -302,6 +305,18 @@ class NetworkThread(ABC):
         with self._lock:
             self._online = accepted
         self._events.put(accepted)  # may raise: a driver that does not know of the connection has no use for it
+
+    def _look_back(self, failure: Failure, lived_s: float) -> Failure:
+        """Start over with short waits after a good connection; name the likely cause where there is none for long."""
+        if lived_s >= LASTING_S:
+            self._backoff.reset()
+            self._num_short_lived = 0
+            return failure
+        self._num_short_lived += 1
+        if self._num_short_lived < NUM_SHORT_LIVED or failure.kind is not Kind.LOST:
+            return failure
+        hint = f"{self._num_short_lived} times soon after connecting: is our client id in use by another connection?"
+        return Failure(failure.kind, f"{failure.reason}, {hint}")
 
     def _go_offline(self) -> bool:
         with self._lock:

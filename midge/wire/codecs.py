@@ -28,7 +28,7 @@ _FLOAT32_LE = np.dtype("<f4")
 
 def encode_float32(elements: NDArray[np.float32]) -> memoryview:
     """The body of a frame: a view of `elements` (float32[n], contiguous), which must stay unchanged while it is used."""
-    return np.ascontiguousarray(elements, dtype=_FLOAT32_LE).data.cast("B")
+    return np.ascontiguousarray(elements, dtype=_FLOAT32_LE).view(np.uint8).data
 
 
 def decode_float32(body: bytes | memoryview, num_elements: int) -> NDArray[np.float32]:

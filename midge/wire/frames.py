@@ -35,6 +35,8 @@ HEADER_BYTES = 40
 ELEMENT_BYTES = 4
 MIN_BODY_BYTES = 64 * 1024
 MAX_BODY_BYTES = 256 * 1024
+MAX_FRAMES = 2**20
+"""Frames of a vector: four times what the largest layout has in frames of `MAX_BODY_BYTES`."""
 TOPIC_ALLOWANCE_BYTES = 512
 """Kept free below a packet limit for the topic and MQTT's own header."""
 
@@ -43,7 +45,6 @@ _VERSION = 1
 _FIELDS = struct.Struct("<2sBB8sIIII8s")
 _CHECKSUM = struct.Struct("<I")
 _SMALLEST_BODY_BYTES = 1024
-_MAX_UINT32 = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def plan_framing(num_elements: int, packet_limit_bytes: int | None = None) -> Fr
     docs/architecture.md), then within `packet_limit_bytes`, the smallest packet limit met.
 
     Raises:
-        FrameError: the packet limit leaves no room for a useful frame.
+        FrameError: the packet limit leaves no room for a useful frame, or asks for more than `MAX_FRAMES` of them.
     """
     body_bytes = min(max(num_elements * ELEMENT_BYTES // 512, MIN_BODY_BYTES), MAX_BODY_BYTES)
     if packet_limit_bytes is not None:
@@ -90,7 +91,13 @@ def plan_framing(num_elements: int, packet_limit_bytes: int | None = None) -> Fr
     if body_bytes < _SMALLEST_BODY_BYTES:
         raise FrameError(f"packet limit of {packet_limit_bytes} bytes: expected at least 2 KiB; raise it on the broker")
     frame_elements = body_bytes // ELEMENT_BYTES // 256 * 256
-    return Framing(num_elements, min(frame_elements, num_elements))
+    framing = Framing(num_elements, min(frame_elements, num_elements))
+    if framing.num_frames > MAX_FRAMES:
+        raise FrameError(
+            f"packet limit of {packet_limit_bytes} bytes: cuts {num_elements} elements into {framing.num_frames} frames, "
+            f"expected at most {MAX_FRAMES}; raise it on the broker"
+        )
+    return framing
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,13 @@ import re
 
 from midge.wire.errors import TopicError
 
-PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
-"""One to 64 of a-z, 0-9, `_` and `-`, not starting with a sign: safe as a topic level, a file name and a label."""
+PATTERN = r"\A[a-z0-9][a-z0-9_-]{0,63}\Z"
+"""One to 64 of a-z, 0-9, `_` and `-`, not starting with a sign: safe as a topic level, a file name and a label.
 
-_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+It ends in `\\Z` because `$` also matches before a last line feed.
+"""
+
+_IDENTIFIER = re.compile(PATTERN)
 
 
 def is_identifier(text: str) -> bool:

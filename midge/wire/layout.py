@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -26,6 +27,17 @@ MAX_TENSORS = 65_536
 MAX_ELEMENTS = 2**34
 """64 GiB of float32: above every model that a device could train."""
 MAX_COUNTERS = 16_384
+MAX_CANONICAL_BYTES = 3 * 1024 * 1024
+"""Of the layout as JSON: a head holds it, with up to `MAX_COUNTERS` counters, and must not exceed `MAX_MESSAGE_BYTES`."""
+
+_INTEGER_LIMITS = {
+    "int64": (-(2**63), 2**63 - 1),
+    "int32": (-(2**31), 2**31 - 1),
+    "int16": (-(2**15), 2**15 - 1),
+    "int8": (-(2**7), 2**7 - 1),
+    "uint8": (0, 2**8 - 1),
+    "bool": (0, 1),
+}
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=False):
@@ -71,9 +83,8 @@ class Layout:
     def __post_init__(self) -> None:
         if len(self.tensors) > MAX_TENSORS:
             raise LayoutError(f"layout: {len(self.tensors)} tensors, expected at most {MAX_TENSORS}")
-        names = [tensor.name for tensor in self.tensors]
-        if len(set(names)) != len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, times in Counter(tensor.name for tensor in self.tensors).items() if times > 1)
+        if twice:
             raise LayoutError(f"layout: tensor names must differ, seen more than once: {', '.join(twice[:3])}")
         num_elements = sum(tensor.num_elements for tensor in self.tensors if tensor.is_float)
         num_counters = sum(tensor.num_elements for tensor in self.tensors if not tensor.is_float)
@@ -82,6 +93,8 @@ class Layout:
         if num_counters > MAX_COUNTERS:
             raise LayoutError(f"layout: {num_counters} elements in integer buffers, expected at most {MAX_COUNTERS}")
         canonical = msgspec.json.encode(self.tensors)
+        if len(canonical) > MAX_CANONICAL_BYTES:
+            raise LayoutError(f"layout: {len(canonical)} bytes as JSON, expected at most {MAX_CANONICAL_BYTES}")
         object.__setattr__(self, "num_elements", num_elements)
         object.__setattr__(self, "num_counters", num_counters)
         object.__setattr__(self, "digest", hashlib.sha256(b"midge-layout-1\n" + canonical).hexdigest())
@@ -93,6 +106,20 @@ class Layout:
     def integers(self) -> Iterator[tuple[TensorSpec, int, int]]:
         """Each integer tensor with its first and its past-the-last element in the counters."""
         return _spans(tensor for tensor in self.tensors if not tensor.is_float)
+
+    def check_counters(self, counters: Sequence[int]) -> None:
+        """Check that `counters` are as many as the integer buffers hold, each within its buffer's type.
+
+        Raises:
+            LayoutError: they are not; the message names the buffer.
+        """
+        if len(counters) != self.num_counters:
+            raise LayoutError(f"{len(counters)} counters, the layout has {self.num_counters}")
+        for spec, start, stop in self.integers():
+            low, high = _INTEGER_LIMITS[spec.dtype]
+            for value in counters[start:stop]:
+                if not low <= value <= high:
+                    raise LayoutError(f"counter {value} for {spec}: expected {low} to {high}")
 
     def difference(self, other: Layout) -> str:
         """The first thing in which `other` differs, in words; empty where the two are equal."""
@@ -119,6 +146,5 @@ def model_hash(layout: Layout, counters: Sequence[int]) -> hashlib._Hash:
     Its hexadecimal digest then is the *model digest*: it covers layout, counters and elements, and does not depend on
     how the vector is cut into frames.
     """
-    if len(counters) != layout.num_counters:
-        raise LayoutError(f"{len(counters)} counters, the layout has {layout.num_counters}")
+    layout.check_counters(counters)
     return hashlib.sha256(b"midge-model-1\n" + bytes.fromhex(layout.digest) + msgspec.json.encode(list(counters)))

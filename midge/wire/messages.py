@@ -10,18 +10,19 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
-from midge.wire.errors import MessageError
+from midge.wire.errors import FrameError, MessageError
+from midge.wire.frames import MAX_FRAMES, Framing
 from midge.wire.identifiers import PATTERN
-from midge.wire.layout import MAX_COUNTERS, MAX_TENSORS, TensorSpec
+from midge.wire.layout import MAX_COUNTERS, MAX_TENSORS, Layout, TensorSpec
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
-"""Above the largest head (a layout of tens of thousands of tensors); all other messages are far smaller."""
+"""Above the largest head (`MAX_CANONICAL_BYTES` of layout, and its counters); all other messages are far smaller."""
 MAX_RANGES = 64
 """A credit lists at most this many ranges of missing frames; the last one then reaches to the last missing frame."""
 _MAX_NUMBER = 1e300
 
 Identifier = Annotated[str, msgspec.Meta(pattern=PATTERN)]
-Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 ShortText = Annotated[str, msgspec.Meta(max_length=200)]
 Detail = Annotated[str, msgspec.Meta(max_length=500)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -36,7 +37,9 @@ Labels = Annotated[
 Counters = Annotated[
     tuple[Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)], ...], msgspec.Meta(max_length=MAX_COUNTERS)
 ]
-Scalar = bool | int | float | Annotated[str, msgspec.Meta(max_length=200)]
+Scalar = (
+    bool | Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | float | Annotated[str, msgspec.Meta(max_length=200)]
+)
 Parameters = Annotated[dict[Annotated[str, msgspec.Meta(max_length=64)], Scalar], msgspec.Meta(max_length=64)]
 Range = tuple[Small, Small]
 """First and past-the-last index."""
@@ -100,12 +103,20 @@ class Head(_Message, frozen=True, kw_only=True, tag="head"):
     counters: Counters
     task: ShortText
 
+    def __post_init__(self) -> None:
+        """Hold together what no field can say alone: an agent makes room on disk for what a head says."""
+        layout = Layout(self.layout)
+        layout.check_counters(self.counters)
+        num_frames = Framing(layout.num_elements, self.frame_elements).num_frames
+        if num_frames > MAX_FRAMES:
+            raise FrameError(f"{layout.num_elements} elements in {num_frames} frames, expected at most {MAX_FRAMES}")
+
 
 class Presence(_Message, frozen=True, kw_only=True, tag="presence"):
     """An agent's presence: its birth message, and with `online` false its will or its farewell."""
 
     online: bool
-    incarnation: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{1,32}$")]
+    incarnation: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{1,32}\Z")]
     """New at each start of the agent: the will of an earlier start is told from this one's."""
     protocol: Small = 0
     version: ShortText = ""
@@ -210,7 +221,7 @@ class UpdateHeader(_RoundMessage, frozen=True, kw_only=True, tag="update"):
     """The version that it was trained on."""
     layout_digest: Digest
     update_digest: Digest
-    num_frames: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+    num_frames: Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAMES)]
     num_examples: Count
     counters: Counters
     training_s: Seconds = 0.0

@@ -1,0 +1,207 @@
+"""The command `coordinator`.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong use or configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from midge import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="coordinator")
+def main() -> None:
+    """Train one model on many devices that keep their data, over an MQTT broker."""
+
+
+def _settings_options(command: Any) -> Any:
+    options = [
+        click.argument("config", required=False, type=click.Path(path_type=Path), envvar="MIDGE_CONFIG"),
+        click.option("--broker", metavar="URL", help="mqtt://, mqtts://, ws:// or wss://, host and port."),
+        click.option("--federation", metavar="NAME", help="Which federation this is."),
+        click.option("--task", metavar="TASK", help="What is learned: a built-in name or package.module:object."),
+        click.option("--rounds", type=int, metavar="N", help="How many rounds."),
+        click.option("--min-agents", type=int, metavar="N", help="How many agents to wait for."),
+        click.option("--seed", type=int, metavar="N", help="Of every random choice."),
+        click.option("--state-dir", metavar="DIR", help="Where everything is kept [default: midge-state]."),
+        click.option("--http-port", type=int, metavar="PORT", help="Of metrics, health and API; 0: any free one."),
+        click.option("--username", metavar="NAME", help="User name at the broker."),
+        click.option("--password-file", metavar="FILE", help="File whose first line is the password."),
+        click.option("--ca-file", metavar="FILE", help="Certificates that the broker's must be signed by."),
+        click.option("--cert-file", metavar="FILE", help="The coordinator's certificate."),
+        click.option("--key-file", metavar="FILE", help="Its private key."),
+        click.option("--log-format", type=click.Choice(["human", "json"]), help="How log lines look."),
+        click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What is logged."),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; wins over all else."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_settings_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress.")
+def run(config: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Wait for agents, run the rounds, and exit. CONFIG is a TOML or JSON file.
+
+    \b
+    Examples:
+      coordinator run --broker mqtt://localhost:1883 --task digits --rounds 20 --min-agents 3
+      coordinator run experiment.toml --set learning_rate=0.05 --set cohort=5
+
+    Started again with the same state directory and configuration, it goes on with the unfinished run.
+    """
+    from coordinator import commands  # noqa: PLC0415  help needs none of it
+
+    sys.exit(commands.run(config, assignments, options, as_json=as_json))
+
+
+@main.command()
+@_settings_options
+@click.option(
+    "--run", "run_config", type=click.Path(path_type=Path), help="Start, or go on with, the run of this file."
+)
+def serve(config: Path | None, assignments: tuple[str, ...], run_config: Path | None, **options: Any) -> None:
+    """Stay up and serve metrics, health and the API; with --run, start that run.
+
+    \b
+    Examples:
+      coordinator serve --broker mqtt://mosquitto:1883 --run experiment.toml --set http_host=0.0.0.0
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.serve(config, assignments, options, run_config))
+
+
+def _looking(command: Any) -> Any:
+    options = [
+        click.option(
+            "--state-dir",
+            default="midge-state",
+            show_default=True,
+            envvar="MIDGE_STATE_DIR",
+            type=click.Path(path_type=Path),
+            help="Of the coordinator; it may be running.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_looking
+def status(state_dir: Path, as_json: bool) -> None:
+    """What the coordinator is doing, what is missing, and until when.
+
+    \b
+    Examples:
+      coordinator status --state-dir midge-state
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.status(state_dir, as_json=as_json))
+
+
+@main.command()
+@_looking
+def agents(state_dir: Path, as_json: bool) -> None:
+    """The agents that were heard of.
+
+    \b
+    Examples:
+      coordinator agents --json
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.agents(state_dir, as_json=as_json))
+
+
+@main.command()
+@_looking
+def runs(state_dir: Path, as_json: bool) -> None:
+    """All runs of a state directory, the latest first; works with and without a running coordinator.
+
+    \b
+    Examples:
+      coordinator runs --state-dir midge-state --json
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.runs(state_dir, as_json=as_json))
+
+
+@main.command()
+@_looking
+@click.option("--run", "run_id", metavar="RUN", help="Of this run [default: the latest].")
+def models(state_dir: Path, as_json: bool, run_id: str | None) -> None:
+    """The versions of a run's model: round, digest, scores, and whether the file is kept.
+
+    \b
+    Examples:
+      coordinator models --run digits-3f9a1c
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.models(state_dir, run_id, as_json=as_json))
+
+
+@main.command()
+@click.argument("run_id", metavar="RUN")
+@click.option(
+    "--which", default="best", show_default=True, metavar="best|latest|N", help="Which version; N is a round."
+)
+@click.option("--to", "path", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
+@click.option(
+    "--state-dir",
+    default="midge-state",
+    show_default=True,
+    envvar="MIDGE_STATE_DIR",
+    type=click.Path(path_type=Path),
+    help="Of the coordinator.",
+)
+def export(run_id: str, which: str, path: Path, state_dir: Path) -> None:
+    """Write a model as a safetensors file that `load_state_dict(strict=True)` takes. RUN is a run's id, or "latest".
+
+    \b
+    Examples:
+      coordinator export digits-3f9a1c --which best --to model.safetensors
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.export(run_id, which, path, state_dir))
+
+
+@main.command()
+@click.option("--rounds", type=click.IntRange(1, 1000), default=30, show_default=True, help="Rounds of the federation.")
+@click.option(
+    "--agents", "num_agents", type=click.IntRange(1, 10), default=3, show_default=True, help="Agent processes."
+)
+@click.option("--out", type=click.Path(path_type=Path), default="midge-demo", show_default=True, help="For the report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
+@click.option("--broker", metavar="URL", help="Use this broker instead of starting one.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice.")
+def demo(rounds: int, num_agents: int, out: Path, as_json: bool, broker: str | None, seed: int) -> None:
+    """Watch label-skewed agents learn together what none of them can learn alone.
+
+    Starts a broker, a coordinator and the agents as processes on this machine, trains on real data (digits), then trains one
+    agent alone and all data in one place on the same budget, and compares the three. Needs no root and no download.
+
+    \b
+    Examples:
+      coordinator demo
+      coordinator demo --rounds 10 --agents 5 --out /tmp/demo --json
+    """
+    from coordinator import demo as demonstration  # noqa: PLC0415
+
+    sys.exit(demonstration.run(rounds, num_agents, out, as_json=as_json, broker=broker, seed=seed))

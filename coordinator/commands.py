@@ -1,0 +1,346 @@
+"""What the commands do, once their options are read. Each returns its exit code: 0 done, 1 the run failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.config import Settings, load_settings
+from coordinator.display import Display
+from coordinator.driver import SupersededError
+from coordinator.http import SERVICE_FILE, HttpError
+from coordinator.models import ModelError, ModelStore
+from coordinator.run import RunState
+from coordinator.service import Service
+from coordinator.store import Store, StoreError
+from midge import log
+from midge.settings import SettingsError
+from midge.transport.address import Address, AddressError
+from midge.wire.messages import Evaluation
+
+_console = Console()
+_errors = Console(stderr=True, highlight=False)
+
+
+def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, Any], *, as_json: bool) -> int:
+    """`coordinator run`."""
+    loaded = _load(config, assignments, options)
+    if loaded is None:
+        return 2
+    settings, address = loaded
+    show = sys.stderr.isatty() and not as_json
+    log.setup(settings.log_format, "warning" if show and settings.log_level == "info" else settings.log_level)
+    try:
+        service = Service(settings, address)
+        goes_on = service.begin_run()
+    except (StoreError, HttpError, ModelError) as error:
+        return _wrong(error)
+    if not as_json:
+        word = "goes on" if goes_on else "begins"
+        _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}")
+    code = _work(service, Display(service.shared, _errors) if show else None)
+    _report(service, as_json=as_json)
+    return code
+
+
+def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str, Any], run_config: Path | None) -> int:
+    """`coordinator serve`."""
+    if config is not None and run_config is not None:
+        return _wrong("give the configuration as CONFIG or with --run, not both")
+    loaded = _load(run_config or config, assignments, options)
+    if loaded is None:
+        return 2
+    settings, address = loaded
+    log.setup(settings.log_format, settings.log_level)
+    try:
+        service = Service(settings, address, keep_serving=True)
+        if run_config is not None:
+            service.begin_run()
+    except (StoreError, HttpError, ModelError) as error:
+        return _wrong(error)
+    code = _work(service, None)
+    return 0 if service.state in (None, RunState.STOPPED, RunState.DONE) else code
+
+
+def status(state_dir: Path, *, as_json: bool) -> int:
+    """`coordinator status`."""
+    board = _ask_running(state_dir)
+    if board is None:
+        return _look(state_dir, lambda store: _show_stopped(store, as_json=as_json))
+    if as_json:
+        _print_json(board)
+        return 0
+    _console.print(f"[bold]{board['run_id'] or 'no run'}[/] {board['task']}: {board['status']}")
+    if not board["is_connected"]:
+        _console.print(f"broker {board['broker']}: {board['broker_problem'] or 'connecting'}")
+    for event in board["events"][-5:]:
+        _console.print(f"  {event}")
+    _console.print(_agents_table(board["agents"]))
+    return 0
+
+
+def agents(state_dir: Path, *, as_json: bool) -> int:
+    """`coordinator agents`."""
+    board = _ask_running(state_dir)
+
+    def show(store: Store) -> int:
+        rows = store.agents()
+        now = {agent["agent_id"]: agent for agent in board["agents"]} if board else {}
+        for row in rows:
+            row["activity"] = now.get(row["agent_id"], {}).get("activity", "")
+            row["presence"] = now.get(row["agent_id"], {}).get("presence", row["state"])
+        if as_json:
+            _print_json(rows)
+        else:
+            _console.print(_agents_table(rows))
+        return 0
+
+    return _look(state_dir, show)
+
+
+def runs(state_dir: Path, *, as_json: bool) -> int:
+    """`coordinator runs`."""
+
+    def show(store: Store) -> int:
+        rows = [_run_view(row) for row in store.runs()]
+        if as_json:
+            _print_json(rows)
+            return 0
+        table = Table("run", "task", "state", "round", "best", "began")
+        for row in rows:
+            best = row["best"]
+            shown = "" if best is None else f"{best['value']:.4f} in round {best['round_num']}"
+            table.add_row(
+                row["run_id"],
+                row["task"],
+                row["state"],
+                f"{row['round_num']}/{row['rounds']}",
+                shown,
+                row["created_at"][:19],
+            )
+        _console.print(table)
+        return 0
+
+    return _look(state_dir, show)
+
+
+def models(state_dir: Path, run_id: str | None, *, as_json: bool) -> int:
+    """`coordinator models`."""
+
+    def show(store: Store) -> int:
+        row = _find_run(store, run_id or "latest")
+        if row is None:
+            return _wrong(f"{state_dir} has no run {run_id or ''}; `coordinator runs` lists them")
+        kept = ModelStore(state_dir / "models").digests()
+        versions = [_version_view(version, kept) for version in store.versions(row["run_id"])]
+        if as_json:
+            _print_json(versions)
+            return 0
+        table = Table("round", "digest", "updates", "examples", "loss", "accuracy", "seconds", "file")
+        for version in versions:
+            score = version["central"] or version["federated"] or {}
+            table.add_row(
+                str(version["round_num"]),
+                version["digest"][:12],
+                str(version["num_updates"]),
+                str(version["num_examples"]),
+                _number(score.get("loss")),
+                _number(score.get("metrics", {}).get("accuracy")),
+                f"{version['duration_s']:.2f}",
+                "kept" if version["is_kept"] else "pruned",
+            )
+        _console.print(table)
+        return 0
+
+    return _look(state_dir, show)
+
+
+def export(run_id: str, which: str, path: Path, state_dir: Path) -> int:
+    """`coordinator export`."""
+
+    def write(store: Store) -> int:
+        row = _find_run(store, run_id)
+        if row is None:
+            return _wrong(f"{state_dir} has no run {run_id}; `coordinator runs` lists them")
+        versions = {version["round_num"]: version["digest"] for version in store.versions(row["run_id"])}
+        round_num = _which(which, row, versions)
+        if round_num is None:
+            return _wrong(f"--which {which}: expected best, latest, or a round from 0 to {max(versions, default=0)}")
+        try:
+            ModelStore(state_dir / "models").export(versions[round_num], path)
+        except (ModelError, OSError) as error:
+            return _wrong(error)
+        _errors.print(f"wrote round {round_num} of {row['run_id']} to {path}")
+        return 0
+
+    return _look(state_dir, write)
+
+
+def _work(service: Service, display: Display | None) -> int:
+    """Run the service until it is over or a signal says stop."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        service.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    try:
+        if display is None:
+            service.run()
+        else:
+            with display:
+                service.run(display.refresh)
+    except SupersededError as error:
+        _errors.print(f"coordinator: {error}")
+        return 1
+    except OSError as error:
+        _errors.print(f"coordinator: {service.settings.state_dir}: {error.strerror or error}; start it again to go on")
+        return 1
+    return 1 if service.state in (RunState.FAILED, None) else 0
+
+
+def _report(service: Service, *, as_json: bool) -> None:
+    """How the run ended, for a person or a program."""
+    board = service.shared.snapshot()
+    if as_json:
+        keys = ("run_id", "task", "state", "reason", "best_round", "best_value", "history")
+        _print_json({key: board[key] for key in keys})
+        return
+    match service.state:
+        case RunState.DONE:
+            best = (
+                f", best {board['best_value']:.4f} in round {board['best_round']}"
+                if board["best_round"] is not None
+                else ""
+            )
+            _errors.print(f"[green]done[/]: {board['rounds']} rounds of {board['run_id']}{best}")
+            directory = (
+                f" --state-dir {service.settings.state_dir}" if service.settings.state_dir != "midge-state" else ""
+            )
+            _errors.print(f"next: coordinator export {board['run_id']}{directory} --to model.safetensors")
+        case RunState.STOPPED:
+            _errors.print(f"stopped: run {board['run_id']} goes on when it is started again in the same way")
+        case RunState.FAILED:
+            _errors.print(f"[red]failed[/]: {board['reason']}", soft_wrap=True)
+        case _:
+            pass
+
+
+def _load(
+    config: Path | None, assignments: Sequence[str], options: Mapping[str, Any]
+) -> tuple[Settings, Address] | None:
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        settings = load_settings(file=config, environ=os.environ, options=given, assignments=assignments)
+        address = Address.parse(
+            settings.broker,
+            username=settings.username or None,
+            password=settings.read_password() or None,
+            ca_file=settings.ca_file or None,
+            cert_file=settings.cert_file or None,
+            key_file=settings.key_file or None,
+        )
+    except (SettingsError, AddressError) as error:
+        _wrong(error)
+        return None
+    return settings, address
+
+
+def _wrong(error: object) -> int:
+    _errors.print(f"coordinator: {error}", markup=False, soft_wrap=True)
+    return 2
+
+
+def _look(state_dir: Path, show: Callable[[Store], int]) -> int:
+    try:
+        store = Store(state_dir, read_only=True)
+    except StoreError as error:
+        return _wrong(error)
+    try:
+        return show(store)
+    finally:
+        store.close()
+
+
+def _ask_running(state_dir: Path) -> dict[str, Any] | None:
+    """The board of the coordinator that runs in this directory; None where none answers."""
+    try:
+        url = json.loads((state_dir / SERVICE_FILE).read_text(encoding="utf-8"))["url"]
+        with urllib.request.urlopen(f"{url}/api/v1/status", timeout=2.0) as answer:  # noqa: S310  our own address
+            board: dict[str, Any] = json.load(answer)
+            return board
+    except (OSError, ValueError, KeyError, urllib.error.URLError):
+        return None
+
+
+def _show_stopped(store: Store, *, as_json: bool) -> int:
+    rows = store.runs()
+    latest = _run_view(rows[0]) if rows else None
+    if as_json:
+        _print_json({"state": "stopped", "run": latest})
+    elif latest is None:
+        _console.print("no coordinator is running here, and there was no run")
+    else:
+        round_of = f"round {latest['round_num']} of {latest['rounds']}"
+        _console.print(
+            f"no coordinator is running here; the latest run, {latest['run_id']}, is {latest['state']}: {round_of}"
+        )
+    return 0
+
+
+def _run_view(row: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("run_id", "task", "state", "reason", "round_num", "rounds", "created_at", "updated_at")
+    best = None if row["best_round"] is None else {"round_num": row["best_round"], "value": row["best_value"]}
+    return {**{key: row[key] for key in keys}, "best": best}
+
+
+def _version_view(version: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
+    scores = {source: _score_view(version[source]) for source in ("central", "federated")}
+    plain = {key: value for key, value in version.items() if key not in scores and key != "run_id"}
+    return {**plain, **scores, "is_kept": version["digest"] in kept}
+
+
+def _score_view(score: Evaluation | None) -> dict[str, Any] | None:
+    return None if score is None else msgspec.to_builtins(score)
+
+
+def _find_run(store: Store, run_id: str) -> dict[str, Any] | None:
+    if run_id == "latest":
+        rows = store.runs()
+        return rows[0] if rows else None
+    return store.run(run_id)
+
+
+def _which(which: str, row: Mapping[str, Any], versions: Mapping[int, str]) -> int | None:
+    if which == "latest":
+        return max(versions, default=None)
+    if which == "best":
+        return row["best_round"] if row["best_round"] is not None else max(versions, default=None)
+    return int(which) if which.isdecimal() and int(which) in versions else None
+
+
+def _agents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("agent", "presence", "doing", "detail")
+    for row in rows:
+        table.add_row(row["agent_id"], row["presence"], row["activity"], row.get("detail", ""))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(content), indent=2).decode() + "\n")

@@ -1,0 +1,107 @@
+"""Computations off the loop: aggregation in a thread, models and evaluation in a process. Results come back as events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from coordinator import run_events as ev
+from coordinator.aggregate import AggregationError, CountedUpdate, aggregate
+from coordinator.evaluator import Evaluator, EvaluatorSpoke, Made
+from coordinator.models import ModelError, ModelStore
+from coordinator.spool import Spool
+from coordinator.strategies import Strategy
+from midge.wire.frames import Framing, content_tag
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """Put into the driver's queue: what an aggregation came to."""
+
+    event: ev.UpdatesAggregated | ev.AggregationBroke
+
+
+class Compute:
+    """Does what the run asks for.
+
+    Args:
+        run_id: of the run.
+        task: reference of the task.
+        spool: where updates are.
+        models: where models are.
+        strategy: of the run.
+        put: takes `Computed` and `EvaluatorSpoke` into the driver's queue; called from other threads.
+        num_threads: that aggregate.
+        evaluation_deadline_s: the longest evaluation.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        task: str,
+        spool: Spool,
+        models: ModelStore,
+        strategy: Strategy,
+        put: Callable[[Computed | EvaluatorSpoke], None],
+        *,
+        num_threads: int = 1,
+        evaluation_deadline_s: float = 600.0,
+    ) -> None:
+        self.framing: Framing | None = None
+        self.last_evaluation_s = 0.0
+        self._run_id = run_id
+        self._spool = spool
+        self._models = models
+        self._strategy = strategy
+        self._put = put
+        self._num_threads = num_threads
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
+        self._evaluator = Evaluator(task, models.path, put, deadline_s=evaluation_deadline_s)
+        self._asked_at = 0.0
+
+    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+        """Begin; an event follows, in any case."""
+        if isinstance(command, ev.AggregateUpdates):
+            self._pool.submit(self._aggregate, command)
+        else:
+            self._asked_at = now
+            self._evaluator.ask(command, now)
+
+    def handle(self, event: EvaluatorSpoke, now: float) -> ev.Event | Made | None:
+        """What came of an evaluation or of the first model."""
+        self.last_evaluation_s = now - self._asked_at
+        return self._evaluator.handle(event, now)
+
+    def deadline(self) -> float:
+        """When `tick` has something to do."""
+        return self._evaluator.deadline()
+
+    def tick(self, now: float) -> ev.Event | None:
+        """Give up what takes too long."""
+        return self._evaluator.tick(now)
+
+    def stop(self) -> None:
+        """End it all."""
+        self._evaluator.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _aggregate(self, command: ev.AggregateUpdates) -> None:
+        self._put(Computed(self._try_aggregate(command)))
+
+    def _try_aggregate(self, command: ev.AggregateUpdates) -> ev.UpdatesAggregated | ev.AggregationBroke:
+        assert self.framing is not None
+        counted = [
+            CountedUpdate(u.agent_id, content_tag(u.update_digest), u.num_examples, u.counters) for u in command.updates
+        ]
+        try:
+            spool = self._spool.round(self._run_id, command.round_num)
+            with self._models.open(command.base_digest) as base:
+                made = aggregate(base, spool, counted, self._strategy, self.framing, self._models, self._num_threads)
+        except (AggregationError, ModelError) as error:
+            return ev.AggregationBroke(str(error))
+        except OSError as error:
+            return ev.AggregationBroke(f"the disk failed: {error}")
+        except Exception as error:  # noqa: BLE001  a strategy may raise anything; the round is abandoned, the run decides
+            return ev.AggregationBroke(f"{type(error).__name__}: {error}")
+        return ev.UpdatesAggregated(made.digest, made.delta_norm)

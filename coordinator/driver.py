@@ -1,0 +1,424 @@
+"""The driver: turns what comes in, from the broker and from computations, into events, and carries out the run's commands.
+
+It works in turns. Within one, every event that waits is handled: frames go to the spool as they come, and commands are
+collected. `flush` ends the turn: the spool is synced if an update was accepted, everything that is to be saved is saved in
+one transaction, and only then is anything sent. So nothing is ever acknowledged that a crash could lose, and durability
+costs one sync a turn.
+
+It owns no thread and no clock, and everything it needs is handed in, so that the same driver runs on MQTT and files, and on a
+broker in memory in tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from coordinator import run_events as ev
+from coordinator.cohort import Change, Fleet
+from coordinator.gates import delta_sum_squares
+from coordinator.models import ModelFile
+from coordinator.publisher import Publisher, clear_retained
+from coordinator.run import FINAL, Run
+from coordinator.store import AgentRow
+from coordinator.uplink import FrameFacts, Verdict
+from midge import PROTOCOL, __version__
+from midge.log import log_event
+from midge.transport.base import (
+    Connected,
+    Disconnected,
+    MessageReceived,
+    PacketTooLargeError,
+    Published,
+    SubscriptionDenied,
+    Transport,
+    TransportEvent,
+)
+from midge.wire.codecs import FLOAT32, decode_float32
+from midge.wire.errors import FrameError, WireError
+from midge.wire.frames import Frame, content_tag, decode_frame
+from midge.wire.messages import (
+    CoordinatorStatus,
+    Presence,
+    RollCall,
+    UpdateHeader,
+    decode,
+    decode_to_coordinator,
+    encode,
+)
+from midge.wire.topics import CoordinatorTopic, OutboxTopic, PresenceTopic, Topics, UpdateFrameTopic
+
+_log = logging.getLogger("coordinator")
+_MAX_EPOCH_JUMP = 1_000_000
+_ROLL_CALL_RATE = 500.0
+"""Answers to a roll call per second that are asked for: it is spread over the fleet's size by this."""
+
+
+class SupersededError(Exception):
+    """Another coordinator of this federation started after this one: this one must stop."""
+
+
+class StoreLike(Protocol):
+    """What the driver needs of the database."""
+
+    def raise_epoch(self, above: int = 0) -> int:
+        """Raise the epoch, durably."""
+
+    def save(self, run_id: str, saves: list[ev.Save], agents: list[AgentRow]) -> None:
+        """Persist, in one transaction."""
+
+
+class SpoolLike(Protocol):
+    """What the driver needs of the spool of the current round."""
+
+    def store(self, round_num: int, agent_id: str, payload: bytes, frame: Frame, facts: FrameFacts) -> None:
+        """Store a frame."""
+
+    def stored(self, round_num: int, agent_id: str, tag: bytes) -> Mapping[int, FrameFacts]:
+        """The frames of one update that are there already."""
+
+    def forget(self, round_num: int, agent_id: str, tag: bytes) -> None:
+        """Treat an update's frames as never stored."""
+
+    def sync(self) -> None:
+        """Make everything that was stored durable."""
+
+
+class ComputeLike(Protocol):
+    """What the driver has done by others; results come back through `Driver.step`."""
+
+    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+        """Begin."""
+
+
+class Observer(Protocol):
+    """Who is told what happened, for logs, metrics and screens. Nothing depends on it."""
+
+    def note(self, note: ev.Note) -> None:
+        """The run says so."""
+
+    def saved(self, save: ev.Save) -> None:
+        """This was persisted."""
+
+    def traffic(self, direction: str, kind: str, size_bytes: int) -> None:
+        """A message went "in" or "out"."""
+
+    def refused(self, kind: str, error: Exception) -> None:
+        """A message of this kind broke the protocol."""
+
+    def broker(self, event: Connected | Disconnected) -> None:
+        """The connection came or went."""
+
+    def fleet(self, fleet: Fleet, agent_id: str, change: Change | None) -> None:
+        """An agent came, left or restarted."""
+
+    def broker_says(self, topic: str, payload: bytes) -> None:
+        """The broker's own figures ($SYS)."""
+
+
+class Driver:
+    """The driver.
+
+    Args:
+        topics: of the federation.
+        transport: the connection; its events are handed to `handle`.
+        store: the database.
+        spool: where frames wait.
+        compute: who computes.
+        open_model: opens a stored model by its digest.
+        observer: is told.
+        epoch: of this coordinator, as the store raised it.
+        instance: differs from every other coordinator's.
+        broker_topics: the broker's own figures to read.
+    """
+
+    def __init__(
+        self,
+        topics: Topics,
+        transport: Transport,
+        store: StoreLike,
+        spool: SpoolLike,
+        compute: ComputeLike,
+        open_model: Callable[[str], ModelFile],
+        observer: Observer,
+        *,
+        epoch: int,
+        instance: str,
+        broker_topics: tuple[str, ...] = (),
+    ) -> None:
+        self.topics = topics
+        self.transport = transport
+        self.epoch = epoch
+        self.fleet = Fleet()
+        self.run: Run | None = None
+        self.is_connected = False
+        self.packet_limit_bytes: int | None = None
+        self._store = store
+        self._spool = spool
+        self._compute = compute
+        self._open_model = open_model
+        self._observer = observer
+        self._instance = instance
+        self._broker_topics = broker_topics
+        self._base: ModelFile | None = None
+        self._publisher: Publisher | None = None
+        self._commands: list[ev.Command] = []
+        self._moved: dict[str, AgentRow] = {}
+        self._scratch = np.empty(0, np.float64)
+
+    # What comes in.
+
+    def start_run(self, run: Run, now: float) -> None:
+        """Make this the current run, and begin or resume it."""
+        self.run = run
+        self._commands += run.start()
+        self.step(ev.TimePassed(), now)
+
+    def handle(self, event: TransportEvent, now: float) -> None:
+        """Take an event of the connection. Never raises for what a peer sent.
+
+        Raises:
+            SupersededError: a newer coordinator is at work.
+        """
+        match event:
+            case MessageReceived():
+                try:
+                    self._on_message(event, now)
+                except WireError as error:
+                    self._observer.refused(_kind_of(event.topic), error)
+            case Published(token):
+                if self._publisher is not None and self._publisher.taken(token):
+                    self._pump(now)
+            case Connected(_, packet_limit_bytes):
+                self._on_connected(packet_limit_bytes)
+                self._observer.broker(event)
+                self.step(ev.BrokerConnected(), now)
+            case Disconnected(reason):
+                self.is_connected = False
+                self._publisher = None
+                self.fleet.lose_all()
+                self._observer.broker(event)
+                self.step(ev.BrokerLost(reason), now)
+            case SubscriptionDenied(topics):
+                if not set(topics) <= set(self._broker_topics):
+                    log_event(_log, logging.ERROR, "the broker denies reading", topics=", ".join(topics))
+
+    def step(self, event: ev.Event, now: float) -> None:
+        """Hand an event to the run, and keep what it says for the end of the turn."""
+        if self.run is not None:
+            self._commands += self.run.step(event, now)
+
+    def flush(self, now: float) -> None:
+        """End the turn: persist, then act. What acting brings about at once is dealt with too.
+
+        Raises:
+            OSError: the disk is full or fails; nothing was sent that depends on what could not be stored.
+        """
+        while self._commands or self._moved:
+            commands, self._commands = self._commands, []
+            saves = [command for command in commands if isinstance(command, ev.SAVES)]
+            if any(isinstance(save, ev.SaveUpdate) for save in saves):
+                self._spool.sync()
+            moved, self._moved = list(self._moved.values()), {}
+            if saves or moved:
+                self._store.save(self.run.config.run_id if self.run else "", saves, moved)
+            for command in commands:
+                self._perform(command, now)
+
+    def say_farewell(self) -> None:
+        """Tell everyone that this coordinator stops, before it does."""
+        self._publish_status(online=False)
+
+    def clear_run(self, run_id: str, num_frames: int) -> None:
+        """Have the broker forget an earlier run."""
+        clear_retained(self.transport, self.topics, run_id, num_frames)
+
+    def _on_connected(self, packet_limit_bytes: int | None) -> None:
+        self.is_connected = True
+        self.packet_limit_bytes = packet_limit_bytes
+        self._publisher = None
+        self.transport.subscribe(
+            [
+                self.topics.coordinator,
+                self.topics.all_presences,
+                self.topics.all_outboxes,
+                self.topics.all_update_frames,
+            ]
+        )
+        if self._broker_topics:
+            self.transport.subscribe(self._broker_topics, qos=0)
+        self._publish_status(online=True)
+
+    def _on_message(self, event: MessageReceived, now: float) -> None:
+        if event.topic.startswith("$SYS/"):
+            self._observer.broker_says(event.topic, event.payload)
+            return
+        match self.topics.parse(event.topic):
+            case UpdateFrameTopic(agent_id, _, index):
+                self._observer.traffic("in", "update", len(event.payload))
+                self._on_frame(agent_id, index, event.payload, now)
+            case OutboxTopic(agent_id):
+                self._observer.traffic("in", "control", len(event.payload))
+                self._on_outbox(agent_id, event.payload, now)
+            case PresenceTopic(agent_id):
+                self._observer.traffic("in", "presence", len(event.payload))
+                if event.payload:
+                    self._on_presence(agent_id, decode(event.payload, Presence), now, retained=event.retained)
+            case CoordinatorTopic() if event.payload:
+                self._on_coordinator(decode(event.payload, CoordinatorStatus), retained=event.retained)
+            case _:
+                pass
+
+    def _on_frame(self, agent_id: str, index: int, payload: bytes, now: float) -> None:
+        if self.run is None:
+            return
+        frame = decode_frame(payload)
+        verdict = self.run.frame_verdict(agent_id, frame, index)
+        if verdict is not Verdict.WANTED:
+            self.step(ev.FrameDropped(agent_id, verdict), now)
+            return
+        facts = self._facts(frame)
+        self._spool.store(frame.round_num, agent_id, payload, frame, facts)
+        self.step(ev.FrameStored(agent_id, index, facts), now)
+
+    def _facts(self, frame: Frame) -> FrameFacts:
+        if frame.codec != FLOAT32:
+            raise FrameError(f"frame {frame.index} of codec {frame.codec}: this run uses float32 (codec {FLOAT32})")
+        local = decode_float32(frame.body, frame.num_elements)
+        assert self.run is not None
+        assert self.run.framing is not None
+        start, stop = self.run.framing.span(frame.index)
+        if len(self._scratch) < frame.num_elements:
+            self._scratch = np.empty(frame.num_elements, np.float64)
+        global_ = self._base_elements()[start:stop]
+        return FrameFacts(hashlib.sha256(frame.body).digest(), delta_sum_squares(local, global_, self._scratch))
+
+    def _on_outbox(self, agent_id: str, payload: bytes, now: float) -> None:
+        message = decode_to_coordinator(payload)
+        if not isinstance(message, UpdateHeader):
+            self.step(ev.MessageCame(agent_id, message), now)
+            return
+        stored: Mapping[int, FrameFacts] = {}
+        run = self.run
+        if run is not None and (message.run_id, message.round_num) == (run.config.run_id, run.current_round):
+            stored = self._spool.stored(message.round_num, agent_id, content_tag(message.update_digest))
+        self.step(ev.UpdateOffered(agent_id, message, stored), now)
+
+    def _on_presence(self, agent_id: str, presence: Presence, now: float, *, retained: bool) -> None:
+        if self.epoch < presence.epoch < self.epoch + _MAX_EPOCH_JUMP:
+            self._go_above(presence.epoch)
+        change = self.fleet.hear(agent_id, presence, retained=retained)
+        agent = self.fleet.agents.get(agent_id)
+        if agent is not None:
+            self._observer.fleet(self.fleet, agent_id, change)
+        if change is not None and agent is not None:
+            known = agent.presence
+            self._moved[agent_id] = AgentRow(agent_id, agent.state, known.task, dict(known.labels), known.version)
+            self.step(ev.FleetMoved(agent_id, change), now)
+
+    def _on_coordinator(self, status: CoordinatorStatus, *, retained: bool) -> None:
+        if status.instance == self._instance or status.epoch < self.epoch:
+            return
+        if status.online and not retained:
+            raise SupersededError(
+                f"another coordinator of federation {self.topics.federation} started (epoch {status.epoch}, this one has "
+                f"{self.epoch}); give each its own federation, or stop the other"
+            )
+        self._go_above(status.epoch)
+
+    def _go_above(self, epoch: int) -> None:
+        """Someone knows of a higher epoch, from a coordinator that lost its state: agents would ignore a lower one."""
+        self.epoch = self._store.raise_epoch(above=epoch)
+        if self.run is not None:
+            self._commands += self.run.raise_epoch(self.epoch)
+        self._publish_status(online=True)
+
+    # What goes out.
+
+    def _perform(self, command: ev.Command, now: float) -> None:
+        match command:
+            case ev.Send(agent_id, message, expiry_s):
+                self._publish(self.topics.inbox(agent_id), encode(message), "control", expiry_s=expiry_s)
+            case ev.PublishModel():
+                self._begin_publishing(command, now)
+            case ev.CallRoll():
+                spread_s = len(self.fleet.agents) / _ROLL_CALL_RATE
+                self._publish(self.topics.rollcall, encode(RollCall(epoch=self.epoch, spread_s=spread_s)), "control")
+            case ev.ForgetFrames(agent_id, update_digest):
+                assert self.run is not None
+                self._spool.forget(self.run.current_round, agent_id, content_tag(update_digest))
+            case ev.PrepareModel() | ev.EvaluateModel() | ev.AggregateUpdates():
+                self._compute.ask(command, now)
+            case _ if isinstance(command, ev.NOTES):
+                self._observer.note(command)
+            case _ if isinstance(command, ev.SAVES):
+                self._observer.saved(command)
+
+    def _publish(
+        self, topic: str, payload: bytes, kind: str, *, expiry_s: float | None = None, retain: bool = False
+    ) -> None:
+        try:
+            if self.transport.publish(topic, payload, retain=retain, expiry_s=expiry_s):
+                self._observer.traffic("out", kind, len(payload))
+        except PacketTooLargeError as error:
+            log_event(_log, logging.ERROR, "message not sent", error=error)
+
+    def _publish_status(self, *, online: bool) -> None:
+        payload = presence_payload(self.epoch, self._instance, online=online)
+        self._publish(self.topics.coordinator, payload, "presence", retain=True)
+
+    def _begin_publishing(self, command: ev.PublishModel, now: float) -> None:
+        assert self.run is not None
+        assert self.run.framing is not None
+        self._publisher = Publisher(
+            self.transport,
+            self.topics,
+            self._open_base(command.digest),
+            self.run.framing,
+            run_id=self.run.config.run_id,
+            round_num=command.round_num,
+            epoch=self.epoch,
+            task=self.run.config.task,
+        )
+        self._pump(now)
+
+    def _pump(self, now: float) -> None:
+        publisher = self._publisher
+        if publisher is not None and publisher.pump():
+            self._observer.traffic("out", "model", publisher.num_bytes)
+            self._publisher = None
+            self.step(ev.ModelPublished(publisher.round_num), now)
+
+    def _open_base(self, digest: str) -> ModelFile:
+        if self._base is None or self._base.digest != digest:
+            self._base = self._open_model(digest)
+        return self._base
+
+    def _base_elements(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        assert self.run is not None
+        assert self.run.version is not None
+        return self._open_base(self.run.version.digest).elements
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a run and it has come to an end."""
+        return self.run is not None and self.run.state in FINAL
+
+
+def presence_payload(epoch: int, instance: str, *, online: bool) -> bytes:
+    """The coordinator's presence, or with `online` false its will."""
+    return encode(
+        CoordinatorStatus(online=online, epoch=epoch, instance=instance, protocol=PROTOCOL, version=__version__)
+    )
+
+
+def _kind_of(topic: str) -> str:
+    """A bounded word for a topic, whatever a peer made of it."""
+    for kind in ("presence", "outbox", "update", "coordinator"):
+        if f"/{kind}" in topic:
+            return kind
+    return "other"

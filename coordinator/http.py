@@ -1,0 +1,144 @@
+"""What the coordinator serves over HTTP: metrics for Prometheus, health for supervisors, and its state as JSON.
+
+/metrics        Prometheus' text format
+/healthz        200 while the loop turns; 503 where it has not for a while
+/readyz         200 while the broker can be reached and the state directory written; else 503 and why
+/api/v1/status  the board: run, round, agents, history
+/api/v1/runs, /api/v1/runs/{run_id}/versions, /api/v1/agents
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from coordinator.board import Shared
+from coordinator.metrics import render
+from coordinator.store import Store
+from midge.log import log_event
+
+_log = logging.getLogger("coordinator")
+SERVICE_FILE = "service.json"
+_STALLED_S = 30.0
+
+
+class HttpError(Exception):
+    """The address cannot be served; the message says why and what to do."""
+
+
+class Heart:
+    """When the coordinator's loop last turned, and what stands in the way of its work."""
+
+    def __init__(self) -> None:
+        self.beat_at = time.monotonic()
+        self.problem = ""
+
+    def beat(self) -> None:
+        """The loop turned."""
+        self.beat_at = time.monotonic()
+
+
+def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: Heart) -> Starlette:
+    """The application; it changes nothing."""
+
+    async def metrics(request: Request) -> Response:  # noqa: ARG001
+        content_type, body = await run_in_threadpool(render, registry)
+        return Response(body, headers={"content-type": content_type})
+
+    async def healthz(request: Request) -> Response:  # noqa: ARG001
+        stalled_s = time.monotonic() - heart.beat_at
+        if stalled_s > _STALLED_S:
+            return JSONResponse({"status": "stalled", "for_s": round(stalled_s)}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(request: Request) -> Response:  # noqa: ARG001
+        problem = heart.problem
+        if not shared.board.is_connected:
+            problem = f"the broker cannot be reached: {shared.board.broker_problem or 'connecting'}"
+        return JSONResponse({"status": problem or "ready"}, 503 if problem else 200)
+
+    async def status(request: Request) -> Response:  # noqa: ARG001
+        return _json(await run_in_threadpool(shared.snapshot))
+
+    async def runs(request: Request) -> Response:  # noqa: ARG001
+        return _json(await run_in_threadpool(store.runs))
+
+    async def versions(request: Request) -> Response:
+        run_id = request.path_params["run_id"]
+        if await run_in_threadpool(store.run, run_id) is None:
+            return JSONResponse({"error": "there is no such run; /api/v1/runs lists them"}, 404)
+        return _json(await run_in_threadpool(store.versions, run_id))
+
+    async def agents(request: Request) -> Response:  # noqa: ARG001
+        return _json((await run_in_threadpool(shared.snapshot))["agents"])
+
+    return Starlette(
+        routes=[
+            Route("/metrics", metrics),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/api/v1/status", status),
+            Route("/api/v1/runs", runs),
+            Route("/api/v1/runs/{run_id}/versions", versions),
+            Route("/api/v1/agents", agents),
+        ]
+    )
+
+
+class HttpServer:
+    """The server, in a thread of its own. Its address is written to the state directory, where `coordinator status` looks.
+
+    Args:
+        app: what to serve.
+        host: address to listen at.
+        port: 0 for any free one.
+        state_dir: where `service.json` goes.
+
+    Raises:
+        HttpError: the port is taken, or the address is not this machine's.
+    """
+
+    def __init__(self, app: Starlette, host: str, port: int, state_dir: Path) -> None:
+        try:
+            self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            raise HttpError(f"http://{host}:{port}: {error.strerror}; choose another with --set http_port=0") from None
+        self.port: int = self._socket.getsockname()[1]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._file = state_dir / SERVICE_FILE
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
+        )
+
+    def start(self) -> None:
+        """Serve."""
+        self._file.write_text(json.dumps({"url": self.url}), encoding="utf-8")
+        self._thread.start()
+        log_event(_log, logging.INFO, "http served", url=self.url)
+
+    def stop(self) -> None:
+        """Serve no more."""
+        self._server.should_exit = True
+        self._thread.join(timeout=3.0)
+        self._socket.close()
+        self._file.unlink(missing_ok=True)
+
+
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

@@ -1,0 +1,226 @@
+"""The observer: turns what happens into log lines, metrics and the board. Nothing depends on it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from coordinator import run_events as ev
+from coordinator.board import AgentView, Shared
+from coordinator.cohort import AgentState, Change, Fleet
+from coordinator.metrics import Metrics
+from coordinator.round import MemberState
+from midge.log import log_event
+from midge.transport.base import Connected, Disconnected
+
+_log = logging.getLogger("coordinator")
+
+_RUN_STATES = {
+    "preparing": "waiting",
+    "waiting": "waiting",
+    "publishing": "running",
+    "in_round": "running",
+    "finishing": "running",
+}
+_AFTER_ACCEPTANCE = (MemberState.ACCEPTED, MemberState.REPORTED, MemberState.REJECTED)
+
+
+class Watch:
+    """An `Observer`.
+
+    Args:
+        metrics: what Prometheus sees.
+        shared: the board.
+    """
+
+    def __init__(self, metrics: Metrics, shared: Shared) -> None:
+        self.run_id = ""
+        self.target = 0
+        self.quorum = 0
+        self._metrics = metrics
+        self._shared = shared
+
+    def begin_run(self, run_id: str, target: int, quorum: int) -> None:
+        """From now on it is this run that things happen to."""
+        if self.run_id and self.run_id != run_id:
+            self._metrics.forget_run(self.run_id)
+        self.run_id, self.target, self.quorum = run_id, target, quorum
+        self._metrics.run_state(run_id, "waiting")
+
+    def note(self, note: ev.Note) -> None:
+        """See `Observer.note`."""
+        with self._shared.lock:
+            self._note(note)
+
+    def saved(self, save: ev.Save) -> None:
+        """See `Observer.saved`."""
+        with self._shared.lock:
+            self._saved(save)
+
+    def traffic(self, direction: str, kind: str, size_bytes: int) -> None:
+        """See `Observer.traffic`."""
+        self._metrics.message(cast("Any", direction), cast("Any", kind), size_bytes)
+
+    def refused(self, kind: str, error: Exception) -> None:
+        """See `Observer.refused`."""
+        known = {"presence": "presence", "update": "update"}.get(kind, "control")
+        self._metrics.invalid_message(cast("Any", known))
+        log_event(_log, logging.WARNING, "message refused", kind=kind, error=error)
+
+    def broker(self, event: Connected | Disconnected) -> None:
+        """See `Observer.broker`."""
+        is_up = isinstance(event, Connected)
+        self._metrics.connected(is_up)
+        with self._shared.lock:
+            self._shared.board.is_connected = is_up
+            self._shared.board.broker_problem = "" if isinstance(event, Connected) else event.reason
+        if isinstance(event, Connected):
+            log_event(_log, logging.INFO, "broker connected", mqtt=event.version)
+        else:
+            level = logging.ERROR if event.fatal else logging.WARNING
+            log_event(_log, level, "broker lost", reason=event.reason)
+
+    def fleet(self, fleet: Fleet, agent_id: str, change: Change | None) -> None:
+        """See `Observer.fleet`."""
+        self._metrics.agents({cast("Any", str(state)): count for state, count in fleet.count().items()})
+        agent = fleet.agents[agent_id]
+        with self._shared.lock:
+            view = self._agent(agent_id)
+            view.presence = agent.state
+            if agent.state is AgentState.OFFLINE:
+                view.activity = "offline"
+            elif view.activity == "offline":
+                view.activity = "idle"
+        if change is not None:
+            log_event(_log, logging.INFO, f"agent {change}", agent=agent_id, task=agent.presence.task)
+
+    def broker_says(self, topic: str, payload: bytes) -> None:
+        """See `Observer.broker_says`."""
+        self._metrics.broker_sys(topic, payload)
+
+    def evaluated_in(self, duration_s: float) -> None:
+        """An evaluation took so long."""
+        if self.run_id:
+            self._metrics.phase_ended(self.run_id, "evaluating", duration_s)
+
+    def look(self, status: str, num_missing: int, queue_bytes: int) -> None:
+        """Once a turn: what the run says of itself."""
+        if self.run_id:
+            self._metrics.waiting(self.run_id, num_missing)
+        self._metrics.queue(queue_bytes)
+        with self._shared.lock:
+            self._shared.board.status = status
+
+    def _note(self, note: ev.Note) -> None:
+        board, run = self._shared.board, self.run_id
+        match note:
+            case ev.RunChanged(state, reason):
+                board.state, board.reason = state, reason
+                self._metrics.run_state(run, cast("Any", _RUN_STATES.get(state, state)))
+                level = logging.ERROR if state == "failed" else logging.INFO
+                if state in ("done", "failed", "stopped"):
+                    log_event(_log, level, f"run {state}", run=run, **({"reason": reason} if reason else {}))
+            case ev.RoundOpened(round_num, attempt):
+                board.round_num, board.attempt = round_num, attempt
+                self._metrics.round_started(run, round_num, attempt, self.target, self.quorum)
+                log_event(_log, logging.DEBUG, "round opened", run=run, round=round_num, attempt=attempt)
+            case ev.PhaseEnded(_, phase, duration_s):
+                self._metrics.phase_ended(run, cast("Any", phase), duration_s)
+            case ev.RoundEnded():
+                self._round_ended(note)
+            case ev.AgentSpoke(agent_id, state, fraction, reason, detail):
+                view = self._agent(agent_id)
+                view.activity, view.fraction, view.detail = state, fraction, detail
+                if state == "refused":
+                    self._metrics.refusal(run, reason)
+                    fields = {"run": run, "round": board.round_num, "agent": agent_id}
+                    log_event(
+                        _log, logging.WARNING, "agent refused", **cast("Any", fields), reason=reason, detail=detail
+                    )
+            case ev.UpdateReceived():
+                self._metrics.update_received(run)
+            case ev.UpdateSettled(agent_id, outcome, reason, detail):
+                self._update_settled(agent_id, outcome, reason, detail)
+
+    def _update_settled(self, agent_id: str, outcome: str, reason: str, detail: str) -> None:
+        self._metrics.update(self.run_id, cast("Any", outcome), reason or None)
+        if outcome in ("accepted", "rejected"):
+            view = self._agent(agent_id)
+            view.activity, view.fraction, view.detail = outcome, 1.0, detail
+        if outcome == "rejected":
+            log_event(
+                _log,
+                logging.WARNING,
+                "update rejected",
+                run=self.run_id,
+                round=self._shared.board.round_num,
+                agent=agent_id,
+                reason=reason,
+                detail=detail,
+            )
+
+    def _round_ended(self, note: ev.RoundEnded) -> None:
+        run = self.run_id
+        self._metrics.round_ended(run, cast("Any", note.outcome), note.duration_s)
+        address: dict[str, Any] = {"run": run, "round": note.round_num, "attempt": note.attempt}
+        if note.outcome == "committed":
+            self._metrics.committed(run, note.round_num, note.num_examples, note.delta_norm, note.update_norms)
+            log_event(
+                _log,
+                logging.INFO,
+                "round committed",
+                **address,
+                updates=note.num_updates,
+                examples=note.num_examples,
+                duration_s=round(note.duration_s, 3),
+            )
+        else:
+            self._shared.board.add_event(f"round {note.round_num}, attempt {note.attempt} abandoned: {note.reason}")
+            log_event(_log, logging.WARNING, "round abandoned", **address, reason=note.reason)
+        for view in self._shared.board.agents.values():
+            if view.activity not in ("offline", "refused"):
+                view.activity, view.fraction = "idle", 0.0
+
+    def _saved(self, save: ev.Save) -> None:
+        board, run = self._shared.board, self.run_id
+        match save:
+            case ev.SaveVersion():
+                view = board.round_view(save.round_num)
+                view.duration_s, view.num_updates = save.duration_s, save.num_updates
+                view.num_examples, view.delta_norm = save.num_examples, save.delta_norm
+                view.attempts = save.attempts
+            case ev.SaveEvaluation(round_num, source, score):
+                setattr(board.round_view(round_num), source, score)
+                self._metrics.evaluated(run, cast("Any", source), score.loss, score.metrics)
+                log_event(
+                    _log,
+                    logging.INFO,
+                    "model evaluated",
+                    run=run,
+                    round=round_num,
+                    source=source,
+                    loss=score.loss,
+                    **cast("Any", dict(score.metrics)),
+                )
+            case ev.SaveRun():
+                board.best_round, board.best_value = save.best_round, save.best_value
+                if save.best_value is not None:
+                    self._metrics.best(run, save.best_value)
+            case ev.SaveAttempt():
+                states = list(save.members.values())
+                accepted = sum(state in _AFTER_ACCEPTANCE for state in states)
+                self._metrics.cohort(run, len(states), accepted, states.count(MemberState.REPORTED))
+                for agent_id, state in save.members.items():
+                    member = self._agent(agent_id)
+                    if state is MemberState.INVITED:
+                        member.activity, member.fraction, member.detail = "invited", 0.0, ""
+                    elif state is MemberState.LOST:
+                        member.activity = "lost"
+            case _:
+                pass
+
+    def _agent(self, agent_id: str) -> AgentView:
+        agents = self._shared.board.agents
+        if agent_id not in agents:
+            agents[agent_id] = AgentView(agent_id)
+        return agents[agent_id]

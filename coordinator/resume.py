@@ -1,0 +1,44 @@
+"""Restart is replay: what the state directory says of a run, as its machine wants it."""
+
+from __future__ import annotations
+
+from coordinator.models import ModelStore
+from coordinator.round import RoundState
+from coordinator.run import Resumed, Version
+from coordinator.store import Store
+from midge.wire.frames import Framing, plan_framing
+
+_MAX_UNEVALUATED = 2
+
+
+def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
+    """Where the run stands; None where it has no model yet.
+
+    Raises:
+        ModelError: the last version's file is missing or damaged.
+    """
+    row = store.run(run_id)
+    versions = store.versions(run_id)
+    if row is None or not versions:
+        return None
+    last = versions[-1]
+    with models.open(last["digest"]) as model:
+        layout = model.layout
+    framing = plan_framing(layout.num_elements)
+    if row["frame_elements"]:
+        framing = Framing(layout.num_elements, row["frame_elements"])
+    number, state, members = store.last_attempt(run_id, last["round_num"] + 1) or (0, RoundState.ABANDONED, {})
+    unevaluated = [Version(v["round_num"], v["digest"]) for v in versions[-_MAX_UNEVALUATED:] if v["central"] is None]
+    best = None if row["best_round"] is None else (row["best_round"], row["best_value"])
+    return Resumed(
+        version=Version(last["round_num"], last["digest"]),
+        layout=layout,
+        framing=framing,
+        attempt=number,
+        round_state=state,
+        members=members,
+        accepted=store.updates(run_id, last["round_num"] + 1),
+        unevaluated=unevaluated,
+        best=best,
+        tallies=store.tallies(run_id),
+    )

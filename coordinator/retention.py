@@ -1,0 +1,39 @@
+"""What is kept on disk of a run: its latest models, the best one, and the frames of the round at hand."""
+
+from __future__ import annotations
+
+from coordinator.models import ModelStore
+from coordinator.spool import Spool
+from coordinator.store import Store
+
+
+class Retention:
+    """Deletes what is not needed any more.
+
+    Args:
+        store: the database.
+        models: the models.
+        spool: the frames.
+        keep_models: latest versions to keep, besides the best.
+    """
+
+    def __init__(self, store: Store, models: ModelStore, spool: Spool, keep_models: int) -> None:
+        self._store = store
+        self._models = models
+        self._spool = spool
+        self._keep = keep_models
+        self._best: int | None = None
+
+    def committed(self, run_id: str, round_num: int, best_round: int | None) -> None:
+        """A version was committed, or a better one was found."""
+        self._spool.prune(run_id, round_num + 1)
+        self._store.prune(run_id, round_num + 1)
+        candidates = {round_num - self._keep}
+        if self._best is not None and self._best != best_round and self._best <= round_num - self._keep:
+            candidates.add(self._best)
+        self._best = best_round
+        candidates.discard(best_round if best_round is not None else -1)
+        for candidate in candidates:
+            digest = self._store.lone_digest(run_id, candidate, kept_from=round_num - self._keep + 1)
+            if digest is not None:
+                self._models.delete(digest)

@@ -1,0 +1,426 @@
+"""The coordinator process: connects driver, MQTT, disk, computations and HTTP, and runs them until the run is over.
+
+One loop takes what waits in the queue, a turn at a time, hands it to the driver, and ends the turn with `flush`: nothing polls.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from coordinator import run_events as ev
+from coordinator.board import Board, Shared
+from coordinator.compute import Compute, Computed
+from coordinator.config import Settings, run_definition, run_fingerprint
+from coordinator.driver import Driver, SupersededError, presence_payload
+from coordinator.evaluator import EvaluatorSpoke, Made
+from coordinator.http import Heart, HttpServer, make_app
+from coordinator.metrics import SYS_TOPICS, Metrics
+from coordinator.models import ModelStore
+from coordinator.observer import Watch
+from coordinator.resume import resume
+from coordinator.retention import Retention
+from coordinator.round import RoundConfig
+from coordinator.run import FINAL, Run, RunState
+from coordinator.run_config import RunConfig
+from coordinator.spool import Spool
+from coordinator.store import Store, StoreError
+from coordinator.strategies import make_strategy
+from coordinator.uplink import FrameFacts
+from midge.eventqueue import EventQueue
+from midge.log import log_event
+from midge.transport.address import Address
+from midge.transport.base import TransportEvent, Will
+from midge.transport.mqtt import MqttTransport
+from midge.wire.frames import Frame, plan_framing
+from midge.wire.messages import TrainingConfig
+from midge.wire.topics import Topics
+
+_log = logging.getLogger("coordinator")
+_LONGEST_WAIT_S = 1.0
+
+
+class Asked:
+    """Put into the queue by an operator's wish: to stop, or to close the round."""
+
+    def __init__(self, event: ev.StopAsked | ev.CloseAsked) -> None:
+        self.event = event
+
+
+_Event = TransportEvent | EvaluatorSpoke | Computed | Asked
+
+
+class Service:
+    """One coordinator.
+
+    Args:
+        settings: checked.
+        address: of the broker.
+        serve_http: whether to serve HTTP.
+        keep_serving: go on after the run is over.
+
+    Raises:
+        StoreError: the state directory cannot be used, or another coordinator has it.
+        HttpError: the port cannot be served.
+    """
+
+    def __init__(
+        self, settings: Settings, address: Address, *, serve_http: bool = True, keep_serving: bool = False
+    ) -> None:
+        self.settings = settings
+        self.address = address
+        self.shared = Shared(Board(federation=settings.federation, broker=str(address)))
+        self.heart = Heart()
+        self.queue: EventQueue[_Event] = EventQueue()
+        self.reason = ""
+        self._keep_serving = keep_serving
+        self._state_dir = Path(settings.state_dir)
+        self.store = Store(self._state_dir)
+        self._lock_fd = _lock(self._state_dir)
+        self.models = ModelStore(self._state_dir / "models")
+        self._spool = Spool(self._state_dir / "spool")
+        self._registry = CollectorRegistry()
+        self._watch = Watch(Metrics(settings.federation, self._registry), self.shared)
+        self._compute: Compute | None = None
+        self._made: Made | None = None
+        self._retention = Retention(self.store, self.models, self._spool, settings.keep_models)
+        self._retained_for: tuple[int, int | None] | None = None
+        self._to_clear: list[tuple[str, int]] = []
+        self._stop_asked = False
+        topics = Topics(settings.federation)
+        self._run_spool = RunSpool(self._spool)
+        epoch = self.store.raise_epoch()
+        instance = secrets.token_hex(8)
+        self._transport = MqttTransport(
+            address,
+            f"coordinator-{settings.federation}-{instance[:6]}",
+            self.queue,
+            will=Will(topics.coordinator, presence_payload(epoch, instance, online=False), delay_s=0),
+            clean_start=True,
+        )
+        self._driver = Driver(
+            topics,
+            self._transport,
+            self.store,
+            self._run_spool,
+            _LateCompute(self),
+            self.models.open,
+            self._watch,
+            epoch=epoch,
+            instance=instance,
+            broker_topics=tuple(SYS_TOPICS),
+        )
+        self._http = None
+        if serve_http:
+            app = make_app(self._registry, self.shared, self.store, self.heart)
+            self._http = HttpServer(app, settings.http_host, settings.http_port, self._state_dir)
+
+    @property
+    def http_url(self) -> str:
+        """Where HTTP is served; empty where it is not."""
+        return self._http.url if self._http else ""
+
+    @property
+    def state(self) -> RunState | None:
+        """Where the run stands; None where there is none."""
+        return self._driver.run.state if self._driver.run else None
+
+    @property
+    def run_id(self) -> str:
+        """Of the current run; empty where there is none."""
+        return self._driver.run.config.run_id if self._driver.run else ""
+
+    def begin_run(self) -> bool:
+        """Begin the run that the settings define, or go on with it where it is unfinished; true where it goes on."""
+        settings = self.settings
+        fingerprint = run_fingerprint(settings)
+        run_id = self.store.unfinished(settings.federation, fingerprint)
+        goes_on = run_id is not None
+        if run_id is None:
+            run_id = self.store.create_run(
+                federation=settings.federation,
+                task=settings.task,
+                fingerprint=fingerprint,
+                definition=run_definition(settings),
+                rounds=settings.rounds,
+            )
+        config = _run_config(run_id, settings)
+        resumed = resume(self.store, self.models, run_id)
+        self._compute = Compute(
+            run_id,
+            settings.task,
+            self._spool,
+            self.models,
+            make_strategy(
+                settings.strategy,
+                server_learning_rate=settings.server_learning_rate,
+                weighting=settings.weighting,
+            ),
+            self.queue.put,
+            num_threads=settings.aggregation_threads,
+            evaluation_deadline_s=settings.evaluation_deadline_s,
+        )
+        self._run_spool.run_id = run_id
+        if resumed is not None:
+            self._compute.framing = resumed.framing
+        self._show_run(config, resumed is not None)
+        self._to_clear = [
+            (row["run_id"], row["num_frames"])
+            for row in self.store.runs()
+            if row["is_published"] and row["run_id"] != run_id and row["federation"] == settings.federation
+        ]
+        run = Run(
+            config,
+            epoch=self._driver.epoch,
+            fleet=self._driver.fleet,
+            now=time.monotonic(),
+            resumed=resumed,
+            connected=self._driver.is_connected,
+        )
+        self._driver.start_run(run, time.monotonic())
+        return goes_on
+
+    def run(self, each_turn: Callable[[], None] = lambda: None) -> RunState | None:
+        """Work until the run is over, or for ever where it keeps serving, or until `stop`.
+
+        Returns:
+            Where the run stands then.
+
+        Raises:
+            SupersededError: a newer coordinator of this federation is at work.
+            OSError: the state directory cannot be written.
+        """
+        if self._http is not None:
+            self._http.start()
+        self._transport.start()
+        try:
+            while not self._is_over():
+                self._turn()
+                each_turn()
+        except SupersededError as error:
+            self.reason = str(error)
+            raise
+        finally:
+            self._close()
+        return self.state
+
+    def stop(self) -> None:
+        """End `run`, from any thread or signal handler; an unfinished run can be resumed."""
+        self.queue.put(Asked(ev.StopAsked()))
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        deadline = min(
+            self._driver.run.deadline() if self._driver.run else math.inf,
+            self._compute.deadline() if self._compute else math.inf,
+            now + _LONGEST_WAIT_S,
+        )
+        for event in self.queue.take(max(0.0, deadline - now)):
+            self._dispatch(event, time.monotonic())
+        now = time.monotonic()
+        late = self._compute.tick(now) if self._compute is not None else None
+        if late is not None:
+            self._driver.step(late, now)
+        self._try_prepare(now)
+        self._driver.step(ev.TimePassed(), now)
+        self._driver.flush(now)
+        self._keep_house()
+        self.heart.beat()
+        run = self._driver.run
+        missing = max(0, run.config.round.minimum - run.num_available) if run else 0
+        self._watch.look(run.status() if run else "no run", missing, self.queue.size_bytes)
+
+    def _dispatch(self, event: _Event, now: float) -> None:
+        match event:
+            case EvaluatorSpoke():
+                assert self._compute is not None
+                result = self._compute.handle(event, now)
+                if isinstance(result, Made):
+                    self._made = result
+                elif result is not None:
+                    self._on_evaluation(result, now)
+            case Computed():
+                self._driver.step(event.event, now)
+            case Asked():
+                self._stop_asked = self._stop_asked or isinstance(event.event, ev.StopAsked)
+                self._driver.step(event.event, now)
+            case _:
+                self._driver.handle(event, now)
+
+    def _on_evaluation(self, result: ev.Event, now: float) -> None:
+        assert self._compute is not None
+        if isinstance(result, ev.ModelEvaluated):
+            if result.score is not None:
+                self._watch.evaluated_in(self._compute.last_evaluation_s)
+            elif result.reason:
+                log_event(
+                    _log,
+                    logging.WARNING,
+                    "evaluation failed",
+                    run=self.run_id,
+                    round=result.round_num,
+                    reason=result.reason,
+                )
+        self._driver.step(result, now)
+
+    def _try_prepare(self, now: float) -> None:
+        """The first model is there; how to cut it is known once the broker's packet limit is."""
+        if self._made is None or not self._driver.is_connected or self._compute is None:
+            return
+        made, self._made = self._made, None
+        limits = [self._driver.packet_limit_bytes, self._driver.fleet.packet_limit_bytes()]
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        with self.models.open(made.digest) as model:
+            framing = plan_framing(model.layout.num_elements, limit)
+            layout = model.layout
+        self.store.set_framing(self.run_id, framing.frame_elements, framing.num_frames)
+        self._compute.framing = framing
+        self._driver.step(ev.ModelPrepared(made.digest, layout, framing), now)
+
+    def _keep_house(self) -> None:
+        run = self._driver.run
+        if run is None:
+            return
+        if self._to_clear and self._driver.is_connected:
+            for run_id, num_frames in self._to_clear:
+                self._driver.clear_run(run_id, num_frames)
+                self.store.set_unpublished(run_id)
+            self._to_clear = []
+        if run.version is not None:
+            key = (run.version.round_num, run.best[0] if run.best else None)
+            if key != self._retained_for:
+                self._retained_for = key
+                self._retention.committed(run.config.run_id, *key)
+
+    def _is_over(self) -> bool:
+        state = self.state
+        if self._stop_asked and (state is None or state in FINAL):
+            return True
+        return not self._keep_serving and state in FINAL
+
+    def _show_run(self, config: RunConfig, goes_on: bool) -> None:
+        settings = self.settings
+        self._watch.begin_run(config.run_id, settings.cohort or settings.min_agents, settings.needed_updates)
+        with self.shared.lock:
+            board = self.shared.board
+            board.run_id, board.task, board.rounds = config.run_id, config.task, config.rounds
+            for version in self.store.versions(config.run_id):
+                view = board.round_view(version["round_num"])
+                for name in (
+                    "duration_s",
+                    "num_updates",
+                    "num_examples",
+                    "delta_norm",
+                    "attempts",
+                    "central",
+                    "federated",
+                ):
+                    setattr(view, name, version[name])
+        event = "run goes on" if goes_on else "run begins"
+        log_event(_log, logging.INFO, event, run=config.run_id, task=config.task, rounds=config.rounds)
+
+    def _close(self) -> None:
+        if self._compute is not None:
+            self._compute.stop()
+        self._driver.say_farewell()
+        self._transport.stop()
+        if self._http is not None:
+            self._http.stop()
+        self._spool.close()
+        self.store.close()
+        os.close(self._lock_fd)
+
+
+class RunSpool:
+    """The spool as the driver wants it: of the current run."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.run_id = ""
+        self._spool = spool
+        self._dirty: set[int] = set()
+
+    def store(self, round_num: int, agent_id: str, payload: bytes, frame: Frame, facts: FrameFacts) -> None:
+        """See `SpoolLike.store`."""
+        segment = self._spool.round(self.run_id, round_num)
+        segment.append(agent_id, payload, facts.body_digest, facts.delta_sum_squares, frame=frame)
+        self._dirty.add(round_num)
+
+    def stored(self, round_num: int, agent_id: str, tag: bytes) -> Mapping[int, FrameFacts]:
+        """See `SpoolLike.stored`."""
+        frames = self._spool.round(self.run_id, round_num).stored(agent_id, tag)
+        return {index: FrameFacts(frame.body_digest, frame.delta_sum_squares) for index, frame in frames.items()}
+
+    def forget(self, round_num: int, agent_id: str, tag: bytes) -> None:
+        """See `SpoolLike.forget`."""
+        self._spool.round(self.run_id, round_num).forget(agent_id, tag)
+
+    def sync(self) -> None:
+        """See `SpoolLike.sync`."""
+        for round_num in self._dirty:
+            self._spool.round(self.run_id, round_num).sync()
+        self._dirty.clear()
+
+
+class _LateCompute:
+    """Passes on to the service's `Compute`, which is made with the run, after the driver."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+        compute = self._service._compute  # noqa: SLF001  one class in two parts
+        assert compute is not None
+        compute.ask(command, now)
+
+
+def _run_config(run_id: str, settings: Settings) -> RunConfig:
+    return RunConfig(
+        run_id=run_id,
+        task=settings.task,
+        rounds=settings.rounds,
+        seed=settings.seed,
+        round=RoundConfig(
+            target=settings.cohort,
+            minimum=max(settings.min_agents, settings.needed_updates),
+            quorum=settings.needed_updates,
+            over_select=settings.over_select,
+            selection_deadline_s=settings.selection_deadline_s,
+            acceptance_deadline_s=settings.acceptance_deadline_s,
+            report_deadline_s=settings.round_deadline_s,
+        ),
+        training=TrainingConfig(
+            local_epochs=settings.local_epochs,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            extra=dict(settings.task_options),
+        ),
+        labels=dict(settings.select),
+        start_deadline_s=settings.start_deadline_s,
+        max_attempts=settings.max_attempts,
+        max_examples=settings.max_examples,
+        norm_bound=settings.norm_bound,
+        evaluate=settings.evaluate,
+        best_metric=settings.best_metric,
+        best_is_max=settings.best_mode == "max",
+    )
+
+
+def _lock(state_dir: Path) -> int:
+    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StoreError(
+            f"{state_dir}: another coordinator is running in it; stop it, or give this one its own state_dir"
+        ) from None
+    return fd

@@ -1,0 +1,424 @@
+"""The store: what the coordinator knows of its runs, in one database. The only file that imports the database library.
+
+One process writes, any number read beside it: SQLite in write-ahead mode lets `coordinator runs` look into the state
+directory of a coordinator that is at work. Every turn of the coordinator's loop is one transaction (group commit), so that
+durability costs one sync a turn and not one a message. `synchronous=FULL`: what is committed survives a power failure.
+
+Tables
+    meta       schema version; the epoch, raised and committed at every start before anything else is done
+    runs       one row a run: its configuration, state, where it stands, the best version
+    versions   one row a committed version: digest, parent, what it was made of, how it does
+    attempts   one row an attempt at a round: state, and each member's
+    updates    one row an accepted update, of the current and of past rounds
+    tallies    one row per (run, outcome, reason): how many updates met that fate
+    agents     one row an agent that was ever heard of
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from coordinator import run_events as ev
+from coordinator.round import MemberState, RoundState
+from midge.wire.messages import Evaluation
+
+SCHEMA_VERSION = 1
+DATABASE = "midge.db"
+
+_metadata = sa.MetaData()
+_meta = sa.Table("meta", _metadata, sa.Column("key", sa.String, primary_key=True), sa.Column("value", sa.String))
+_runs = sa.Table(
+    "runs",
+    _metadata,
+    sa.Column("run_id", sa.String, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False, unique=True),
+    sa.Column("federation", sa.String, nullable=False),
+    sa.Column("task", sa.String, nullable=False),
+    sa.Column("fingerprint", sa.String, nullable=False, index=True),
+    sa.Column("definition", sa.String, nullable=False),
+    sa.Column("rounds", sa.Integer, nullable=False),
+    sa.Column("frame_elements", sa.Integer, nullable=False, default=0),
+    sa.Column("num_frames", sa.Integer, nullable=False, default=0),
+    sa.Column("is_published", sa.Boolean, nullable=False, default=False),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("reason", sa.String, nullable=False, default=""),
+    sa.Column("round_num", sa.Integer, nullable=False, default=0),
+    sa.Column("best_round", sa.Integer),
+    sa.Column("best_value", sa.Float),
+    sa.Column("created_at", sa.String, nullable=False),
+    sa.Column("updated_at", sa.String, nullable=False),
+)
+_versions = sa.Table(
+    "versions",
+    _metadata,
+    sa.Column("run_id", sa.String, primary_key=True),
+    sa.Column("round_num", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.String, nullable=False, index=True),
+    sa.Column("parent", sa.String),
+    sa.Column("num_updates", sa.Integer, nullable=False),
+    sa.Column("num_examples", sa.Integer, nullable=False),
+    sa.Column("delta_norm", sa.Float, nullable=False),
+    sa.Column("duration_s", sa.Float, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("central", sa.String),
+    sa.Column("federated", sa.String),
+    sa.Column("created_at", sa.String, nullable=False),
+)
+_attempts = sa.Table(
+    "attempts",
+    _metadata,
+    sa.Column("run_id", sa.String, primary_key=True),
+    sa.Column("round_num", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("members", sa.String, nullable=False),
+)
+_updates = sa.Table(
+    "updates",
+    _metadata,
+    sa.Column("run_id", sa.String, primary_key=True),
+    sa.Column("round_num", sa.Integer, primary_key=True),
+    sa.Column("agent_id", sa.String, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("update_digest", sa.String, nullable=False),
+    sa.Column("num_examples", sa.Integer, nullable=False),
+    sa.Column("counters", sa.String, nullable=False),
+    sa.Column("norm", sa.Float, nullable=False),
+    sa.Column("training_s", sa.Float, nullable=False),
+    sa.Column("metrics", sa.String, nullable=False),
+    sa.Column("evaluation", sa.String),
+)
+_tallies = sa.Table(
+    "tallies",
+    _metadata,
+    sa.Column("run_id", sa.String, primary_key=True),
+    sa.Column("outcome", sa.String, primary_key=True),
+    sa.Column("reason", sa.String, primary_key=True),
+    sa.Column("count", sa.Integer, nullable=False),
+)
+_agents = sa.Table(
+    "agents",
+    _metadata,
+    sa.Column("agent_id", sa.String, primary_key=True),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("task", sa.String, nullable=False),
+    sa.Column("labels", sa.String, nullable=False),
+    sa.Column("version", sa.String, nullable=False),
+    sa.Column("changed_at", sa.String, nullable=False),
+)
+
+_to_json = msgspec.json.encode
+
+
+class StoreError(Exception):
+    """The database cannot be used; the message says why and what to do."""
+
+
+class AgentRow(msgspec.Struct, frozen=True):
+    """An agent as it is remembered."""
+
+    agent_id: str
+    state: str
+    task: str
+    labels: dict[str, str]
+    version: str
+
+
+class Store:
+    """The database of one state directory.
+
+    Args:
+        state_dir: made where it does not exist, unless `read_only`.
+        read_only: look, and change nothing; works beside a coordinator that writes.
+
+    Raises:
+        StoreError: there is no database to read, or it is of another version of Midge.
+    """
+
+    def __init__(self, state_dir: Path, *, read_only: bool = False) -> None:
+        self.path = state_dir / DATABASE
+        if read_only and not self.path.exists():
+            raise StoreError(f"{state_dir} holds no {DATABASE}: no coordinator has run there; check --state-dir")
+        if not read_only:
+            try:
+                state_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"{state_dir}: {error.strerror}; choose a writable state_dir") from None
+        mode = "ro" if read_only else "rwc"
+        url = f"sqlite:///file:{self.path.absolute()}?mode={mode}&uri=true"
+        self._engine = sa.create_engine(url, connect_args={"check_same_thread": False, "timeout": 10.0})
+        sa.event.listen(self._engine, "connect", _configure)
+        try:
+            if not read_only:
+                _metadata.create_all(self._engine)
+            self._check_version(read_only=read_only)
+        except sa.exc.DBAPIError as error:
+            raise StoreError(
+                f"{self.path}: {error.orig}; restore it from a backup, or choose another state_dir"
+            ) from None
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    # Writing.
+
+    def raise_epoch(self, above: int = 0) -> int:
+        """Raise the epoch to one more than it was, and more than `above`, durably; returns it."""
+        with self._engine.begin() as connection:
+            row = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "epoch")).scalar()
+            epoch = max(int(row or 0), above) + 1
+            statement = insert(_meta).values(key="epoch", value=str(epoch))
+            connection.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": str(epoch)}))
+        return epoch
+
+    def create_run(
+        self, *, federation: str, task: str, fingerprint: str, definition: Mapping[str, Any], rounds: int
+    ) -> str:
+        """Add a run, and return its id: the task's name and a random part, so that no two runs anywhere share one."""
+        stem = "".join(char if char.isalnum() else "-" for char in task.rsplit(":", 1)[-1].lower()).strip("-")[:40]
+        run_id = f"{stem or 'run'}-{secrets.token_hex(3)}"
+        with self._engine.begin() as connection:
+            number = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_runs.c.number), 0) + 1)).scalar_one()
+            connection.execute(
+                _runs.insert().values(
+                    run_id=run_id,
+                    number=number,
+                    federation=federation,
+                    task=task,
+                    fingerprint=fingerprint,
+                    definition=_to_json(definition).decode(),
+                    rounds=rounds,
+                    frame_elements=0,
+                    num_frames=0,
+                    is_published=False,
+                    state="preparing",
+                    reason="",
+                    round_num=0,
+                    created_at=_now(),
+                    updated_at=_now(),
+                )
+            )
+        return run_id
+
+    def set_framing(self, run_id: str, frame_elements: int, num_frames: int) -> None:
+        """Remember how a run cuts its vectors, before anything of it is published."""
+        values = {"frame_elements": frame_elements, "num_frames": num_frames, "is_published": True}
+        with self._engine.begin() as connection:
+            connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(**values))
+
+    def set_unpublished(self, run_id: str) -> None:
+        """Remember that nothing of a run is retained at the broker any more."""
+        with self._engine.begin() as connection:
+            connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(is_published=False))
+
+    def save(self, run_id: str, saves: Sequence[ev.Save], agents: Iterable[AgentRow] = ()) -> None:
+        """Persist what one turn decided, in one transaction."""
+        latest: dict[Any, ev.Save] = {}
+        for save in saves:
+            latest[_key(save)] = save
+        with self._engine.begin() as connection:
+            for save in latest.values():
+                self._save(connection, run_id, save)
+            for agent in agents:
+                values = {
+                    **msgspec.structs.asdict(agent),
+                    "labels": _to_json(agent.labels).decode(),
+                    "changed_at": _now(),
+                }
+                _upsert(connection, _agents, values, ["agent_id"])
+
+    def _save(self, connection: sa.Connection, run_id: str, save: ev.Save) -> None:
+        match save:
+            case ev.SaveRun():
+                values = {
+                    "state": save.state,
+                    "reason": save.reason,
+                    "round_num": save.round_num,
+                    "best_round": save.best_round,
+                    "best_value": save.best_value,
+                    "updated_at": _now(),
+                }
+                connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(**values))
+            case ev.SaveAttempt():
+                members = _to_json(dict(save.members)).decode()
+                values = {"state": save.state, "reason": save.reason, "members": members}
+                keys = {"run_id": run_id, "round_num": save.round_num, "attempt": save.attempt}
+                _upsert(connection, _attempts, {**keys, **values}, list(keys))
+            case ev.SaveUpdate(round_num, update):
+                keys = {"run_id": run_id, "round_num": round_num, "agent_id": update.agent_id}
+                _upsert(connection, _updates, {**keys, **_update_values(update)}, list(keys))
+            case ev.SaveVersion():
+                # Not an upsert: a version is written once, and a second one with its number is an error (I1).
+                values = {
+                    "run_id": run_id,
+                    "round_num": save.round_num,
+                    "digest": save.digest,
+                    "parent": save.parent,
+                    "num_updates": save.num_updates,
+                    "num_examples": save.num_examples,
+                    "delta_norm": save.delta_norm,
+                    "duration_s": save.duration_s,
+                    "attempts": save.attempts,
+                    "created_at": _now(),
+                }
+                connection.execute(_versions.insert().values(**values))
+            case ev.SaveEvaluation(round_num, source, score):
+                where = sa.and_(_versions.c.run_id == run_id, _versions.c.round_num == round_num)
+                connection.execute(_versions.update().where(where).values(**{source: _to_json(score).decode()}))
+            case ev.SaveTallies(tallies):
+                for (outcome, reason), count in tallies.items():
+                    keys = {"run_id": run_id, "outcome": outcome, "reason": reason}
+                    _upsert(connection, _tallies, {**keys, "count": count}, list(keys))
+
+    def prune(self, run_id: str, keep_from_round: int) -> None:
+        """Forget the accepted updates of rounds before; their versions stay."""
+        where = sa.and_(_updates.c.run_id == run_id, _updates.c.round_num < keep_from_round)
+        with self._engine.begin() as connection:
+            connection.execute(_updates.delete().where(where))
+
+    # Reading.
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs, the latest first."""
+        return self._rows(sa.select(_runs).order_by(_runs.c.number.desc()))
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """One run."""
+        rows = self._rows(sa.select(_runs).where(_runs.c.run_id == run_id))
+        return rows[0] if rows else None
+
+    def unfinished(self, federation: str, fingerprint: str) -> str | None:
+        """The latest run of this definition, if it has not come to an end."""
+        query = sa.select(_runs.c.run_id, _runs.c.state)
+        query = query.where(_runs.c.federation == federation, _runs.c.fingerprint == fingerprint)
+        rows = self._rows(query.order_by(_runs.c.number.desc()).limit(1))
+        return rows[0]["run_id"] if rows and rows[0]["state"] not in ("done", "failed") else None
+
+    def versions(self, run_id: str) -> list[dict[str, Any]]:
+        """The versions of a run, in order; `central` and `federated` are scores or None."""
+        rows = self._rows(sa.select(_versions).where(_versions.c.run_id == run_id).order_by(_versions.c.round_num))
+        for row in rows:
+            for source in ("central", "federated"):
+                row[source] = None if row[source] is None else msgspec.json.decode(row[source], type=Evaluation)
+        return rows
+
+    def lone_digest(self, run_id: str, round_num: int, *, kept_from: int) -> str | None:
+        """The digest of a version that no kept version shares: none of other runs, and none of this from `kept_from` on."""
+        query = sa.select(_versions.c.digest).where(_versions.c.run_id == run_id, _versions.c.round_num == round_num)
+        with self._engine.connect() as connection:
+            digest: str | None = connection.execute(query).scalar()
+            others = sa.or_(_versions.c.run_id != run_id, _versions.c.round_num >= kept_from)
+            shared = sa.select(sa.func.count()).where(_versions.c.digest == digest, others)
+            return digest if digest is not None and not connection.execute(shared).scalar() else None
+
+    def last_attempt(self, run_id: str, round_num: int) -> tuple[int, RoundState, dict[str, MemberState]] | None:
+        """The latest attempt at a round: its number, its state, its members."""
+        query = sa.select(_attempts).where(_attempts.c.run_id == run_id, _attempts.c.round_num == round_num)
+        rows = self._rows(query.order_by(_attempts.c.attempt.desc()).limit(1))
+        if not rows:
+            return None
+        members = msgspec.json.decode(rows[0]["members"], type=dict[str, MemberState])
+        return rows[0]["attempt"], RoundState(rows[0]["state"]), members
+
+    def updates(self, run_id: str, round_num: int) -> list[ev.AcceptedUpdate]:
+        """The updates of a round that count."""
+        query = sa.select(_updates).where(_updates.c.run_id == run_id, _updates.c.round_num == round_num)
+        return [_update_from(row) for row in self._rows(query.order_by(_updates.c.agent_id))]
+
+    def tallies(self, run_id: str) -> dict[tuple[str, str], int]:
+        """How many updates of a run met which fate."""
+        rows = self._rows(sa.select(_tallies).where(_tallies.c.run_id == run_id))
+        return {(row["outcome"], row["reason"]): row["count"] for row in rows}
+
+    def agents(self) -> list[dict[str, Any]]:
+        """All agents that were heard of."""
+        rows = self._rows(sa.select(_agents).order_by(_agents.c.agent_id))
+        return [{**row, "labels": msgspec.json.decode(row["labels"])} for row in rows]
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def _check_version(self, *, read_only: bool) -> None:
+        with self._engine.connect() if read_only else self._engine.begin() as connection:
+            seen = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "schema")).scalar()
+            if seen is None and not read_only:
+                connection.execute(_meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))
+            elif seen != str(SCHEMA_VERSION):
+                raise StoreError(
+                    f"{self.path} has schema {seen}, this Midge reads {SCHEMA_VERSION}: use the Midge that wrote it, "
+                    "or choose another state_dir"
+                )
+
+
+def _configure(connection: Any, record: object) -> None:  # noqa: ARG001
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=1000"):
+        try:
+            cursor.execute(f"PRAGMA {pragma}")
+        except Exception:  # noqa: BLE001  a read-only connection may not change the mode, and need not
+            break
+    cursor.close()
+
+
+def _upsert(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any], keys: list[str]) -> None:
+    rest = {name: value for name, value in values.items() if name not in keys}
+    statement = insert(table).values(**values)
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=rest))
+
+
+def _key(save: ev.Save) -> object:
+    """Of two saves with the same key in one transaction, the later one is enough."""
+    match save:
+        case ev.SaveRun() | ev.SaveTallies():
+            return type(save)
+        case ev.SaveAttempt():
+            return type(save), save.round_num, save.attempt
+        case ev.SaveUpdate(round_num, update):
+            return type(save), round_num, update.agent_id
+        case ev.SaveEvaluation(round_num, source, _):
+            return type(save), round_num, source
+        case ev.SaveVersion():
+            return id(save)
+
+
+def _update_values(update: ev.AcceptedUpdate) -> dict[str, Any]:
+    return {
+        "attempt": update.attempt,
+        "update_digest": update.update_digest,
+        "num_examples": update.num_examples,
+        "counters": _to_json(update.counters).decode(),
+        "norm": update.norm,
+        "training_s": update.training_s,
+        "metrics": _to_json(dict(update.metrics)).decode(),
+        "evaluation": None if update.evaluation is None else _to_json(update.evaluation).decode(),
+    }
+
+
+def _update_from(row: Mapping[str, Any]) -> ev.AcceptedUpdate:
+    evaluation = row["evaluation"]
+    return ev.AcceptedUpdate(
+        agent_id=row["agent_id"],
+        attempt=row["attempt"],
+        update_digest=row["update_digest"],
+        num_examples=row["num_examples"],
+        counters=tuple(msgspec.json.decode(row["counters"])),
+        norm=row["norm"],
+        training_s=row["training_s"],
+        metrics=msgspec.json.decode(row["metrics"]),
+        evaluation=None if evaluation is None else msgspec.json.decode(evaluation, type=Evaluation),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
