@@ -1,8 +1,9 @@
 """Aggregation: from the updates of a round and the model they were trained on to the next model.
 
-It goes frame by frame: frame i of every counted update, widened to float64, gives a block of the weighted mean; the
-strategy makes it a block of the next model, which is written in its place. No vector is ever whole in memory: each thread
-has one set of blocks, whatever the cohort and the model.
+It goes block by block: the same elements of every counted update, read from the frames that hold them and widened to
+float64, give a block of the weighted mean; the strategy makes it a block of the next model, which is written in its place.
+No vector is ever whole in memory: each thread has one set of blocks, whatever the cohort and the model. (A block is several
+frames of a small model: threads share one interpreter, and work together only while each is in a long call.)
 
 **The same set of updates gives the same bits**, whatever the order of arrival, the number of threads or a restart between,
 because every element is computed by one fixed sequence of float64 operations:
@@ -10,11 +11,11 @@ because every element is computed by one fixed sequence of float64 operations:
 1. updates are sorted by agent id; the weights are normalised in float64 with an exactly rounded sum;
 2. `mean = ((w_0 x_0 + w_1 x_1) + w_2 x_2) + ...`. Rows are taken in groups that bound the memory; a group after the first
    starts with the sum so far, at weight 1, which changes no bit, so neither does the size of a group;
-3. no frame looks at another; the sums of squares for the norm are added in the order of frames.
+3. no block looks at another; the sums of squares for the norm are added in the order of blocks.
 
-`einsum` does step 2, in plain loops: BLAS is faster by a sixth of the whole, but the order in which it adds depends on the
-processor that it finds. (It is the compiled NumPy that fixes whether a multiply and an add are fused: a processor of
-another architecture may differ in a last bit.)
+`einsum` does step 2, in plain loops. BLAS would take a sixth off the whole, but the order in which it adds depends on the
+processor that it finds: on one machine, its kernels for three processors gave three results. (Whether a multiply and an add
+are fused is fixed when NumPy is compiled: another architecture may differ in a last bit of float64.)
 
 Two equalities are exact by design. One agent with server learning rate 1 gives its own elements: its weight is n / n = 1.
 Agents that all return the global model leave it as it is: a mean of equal numbers is within an ulp or so of float64, and
@@ -42,7 +43,7 @@ from coordinator.strategies.base import Strategy
 from midge.wire.frames import ELEMENT_BYTES, Framing
 
 _GROUP_ROWS = 20
-_TILE_ELEMENTS = 32 * 1024
+_BLOCK_ELEMENTS = 64 * 1024
 _RELEASE_BYTES = 8 * 1024 * 1024
 
 
@@ -139,73 +140,84 @@ class Fold:
         self._strategy = strategy
         self._framing = framing
         self._writer = writer
-        self._tile_elements = min(framing.frame_elements, _TILE_ELEMENTS)
+        self._block_elements = min(framing.num_elements, _BLOCK_ELEMENTS)
         self._groups = [
             (first, np.array([1.0, *weights[first : first + _GROUP_ROWS]]))
             for first in range(0, len(frames), _GROUP_ROWS)
         ]
 
     def run(self, num_threads: int) -> list[float]:
-        """Write every frame of the next model; each frame's sum of `(next - global)^2`, by index."""
-        num_frames = self._framing.num_frames
-        num_threads = max(1, min(num_threads, num_frames))
+        """Write every block of the next model; each block's sum of `(next - global)^2`, in order."""
+        starts = range(0, self._framing.num_elements, self._block_elements)
+        num_threads = max(1, min(num_threads, len(starts)))
         if num_threads == 1:
-            return self._fold_frames(range(num_frames))
-        sums = [0.0] * num_frames
-        shares = [range(first, num_frames, num_threads) for first in range(num_threads)]
+            return self._fold_blocks(starts)
+        sums = [0.0] * len(starts)
         with ThreadPoolExecutor(num_threads, thread_name_prefix="aggregate") as pool:
-            for share, share_sums in zip(shares, pool.map(self._fold_frames, shares), strict=True):
-                sums[share.start :: num_threads] = share_sums
+            shares = [starts[first::num_threads] for first in range(num_threads)]
+            for first, share_sums in enumerate(pool.map(self._fold_blocks, shares)):
+                sums[first::num_threads] = share_sums
         return sums
 
-    def _fold_frames(self, indices: Iterable[int]) -> list[float]:
-        rows = np.empty((min(len(self._frames), _GROUP_ROWS) + 1, self._tile_elements), np.float64)
-        mean = np.empty(self._framing.frame_elements, np.float64)
+    def _fold_blocks(self, starts: Iterable[int]) -> list[float]:
+        rows = np.empty((min(len(self._frames), _GROUP_ROWS) + 1, self._block_elements), np.float64)
+        mean = np.empty(self._block_elements, np.float64)
         sums = []
         resident_bytes = 0
         with np.errstate(all="ignore"):  # what is not finite is found by its sum of squares
-            for index in indices:
-                sums.append(self._fold_frame(index, rows, mean))
-                start, stop = self._framing.span(index)
-                resident_bytes += (stop - start) * ELEMENT_BYTES
+            for start in starts:
+                sums.append(self._fold_block(start, rows, mean))
+                resident_bytes += self._block_elements * ELEMENT_BYTES
                 if resident_bytes >= _RELEASE_BYTES:
                     self._base.release()
                     resident_bytes = 0
         return sums
 
-    def _fold_frame(self, index: int, rows: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
-        start, stop = self._framing.span(index)
+    def _fold_block(self, start: int, rows: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
+        stop = min(start + self._block_elements, self._framing.num_elements)
         block = mean[: stop - start]
-        frames = [by_index[index] for by_index in self._frames]
-        for first in range(0, len(block), self._tile_elements):
-            tile = block[first : first + self._tile_elements]
-            self._mean_tile(frames, first, rows[:, : len(tile)], tile)
+        self._mean(start, rows[:, : stop - start], block)
         global_block = self._base.elements[start:stop]
         next_block = self._strategy.apply(global_block, block)
-        if len(frames) > 1:
+        if len(self._frames) > 1:
             _restore_zero_signs(next_block, global_block)
         sum_squares = delta_sum_squares(next_block, global_block, mean)
         if not math.isfinite(sum_squares):
             raise AggregationError(
                 f"elements {start} to {stop} of the next model are not all finite, after {self._strategy!r} "
-                f"on {len(frames)} updates: nothing is stored; lower the server's or the agents' learning rate"
+                f"on {len(self._frames)} updates: nothing is stored; lower the server's or the agents' learning rate"
             )
         self._writer.write(start, next_block)
         return sum_squares
 
-    def _mean_tile(
-        self, frames: Sequence[StoredFrame], first: int, rows: NDArray[np.float64], out: NDArray[np.float64]
-    ) -> None:
-        """The weighted mean of elements `first` to `first + len(out)` of `frames`, into `out`."""
-        if len(frames) == 1:
-            self._spool.load_rows(frames, first, out[np.newaxis])  # at weight 1; a sum would lose the sign of a zero
+    def _mean(self, start: int, rows: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+        """The weighted mean of elements `start` to `start + len(out)` of the updates, into `out`."""
+        if len(self._frames) == 1:
+            self._load(self._frames, start, out[np.newaxis])  # at weight 1; a sum would lose the sign of a zero
             return
         for group_start, weights in self._groups:
-            group = frames[group_start : group_start + _GROUP_ROWS]
+            group = self._frames[group_start : group_start + _GROUP_ROWS]
+            self._load(group, start, rows[1 : len(group) + 1])
             skip = 1 if group_start == 0 else 0
             rows[0] = out
-            self._spool.load_rows(group, first, rows[1 : len(group) + 1])
-            np.einsum("k,kc->c", weights[skip:], rows[skip : len(group) + 1], out=out)
+            _add_rows(weights[skip:], rows[skip : len(group) + 1], out)
+
+    def _load(self, group: Sequence[Mapping[int, StoredFrame]], start: int, rows: NDArray[np.float64]) -> None:
+        """Fill `rows` with elements `start` to `start + n` of each update in `group`, from all frames that they lie in."""
+        done = 0
+        while done < rows.shape[1]:
+            index, first = divmod(start + done, self._framing.frame_elements)
+            stop = min(done + self._framing.frame_elements - first, rows.shape[1])
+            self._spool.load_rows([frames[index] for frames in group], first, rows[:, done:stop])
+            done = stop
+
+
+def _add_rows(weights: NDArray[np.float64], rows: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    """`((0 + w_0 row_0) + w_1 row_1) + ...` into `out`."""
+    if len(out) > 1:
+        np.einsum("k,kc->c", weights, rows, out=out)
+    else:  # einsum would run along the rows, and add in another order
+        out[0] = 0.0 + np.add.accumulate(weights * rows[:, 0])[-1]
 
 
 def _restore_zero_signs(next_block: NDArray[np.float32], global_block: NDArray[np.float32]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,10 @@ from coordinator.evaluator import Evaluator, EvaluatorSpoke, Made
 from coordinator.models import ModelError, ModelStore
 from coordinator.spool import Spool
 from coordinator.strategies import Strategy
+from midge.log import log_event
 from midge.wire.frames import Framing, content_tag
+
+_log = logging.getLogger("coordinator")
 
 
 class Computed(msgspec.Struct, frozen=True):
@@ -81,6 +85,10 @@ class Compute:
         """Give up what takes too long."""
         return self._evaluator.tick(now)
 
+    def later(self, work: Callable[[], None]) -> None:
+        """Do this between aggregations: what takes time and nobody waits for."""
+        self._pool.submit(_logging_errors, work)
+
     def stop(self) -> None:
         """End it all."""
         self._evaluator.stop()
@@ -105,3 +113,10 @@ class Compute:
         except Exception as error:  # noqa: BLE001  a strategy may raise anything; the round is abandoned, the run decides
             return ev.AggregationBroke(f"{type(error).__name__}: {error}")
         return ev.UpdatesAggregated(made.digest, made.delta_norm)
+
+
+def _logging_errors(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001  nobody waits for it
+        log_event(_log, logging.WARNING, "house-keeping failed", error=error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -53,6 +54,8 @@ from midge.wire.messages import (
 from midge.wire.topics import CoordinatorTopic, OutboxTopic, PresenceTopic, Topics, UpdateFrameTopic
 
 _log = logging.getLogger("coordinator")
+_LONGEST_DELAY_S = 0.5
+"""What need not be saved at once is saved after this time at the latest."""
 _MAX_EPOCH_JUMP = 1_000_000
 _ROLL_CALL_RATE = 500.0
 """Answers to a roll call per second that are asked for: it is spread over the fleet's size by this."""
@@ -169,6 +172,12 @@ class Driver:
         self._commands: list[ev.Command] = []
         self._moved: dict[str, AgentRow] = {}
         self._scratch = np.empty(0, np.float64)
+        self._later: list[ev.Save] = []
+        self._save_at = math.inf
+
+    def deadline(self) -> float:
+        """When `flush` has something to do though nothing happened."""
+        return self._save_at if self._later else math.inf
 
     # What comes in.
 
@@ -220,14 +229,24 @@ class Driver:
         """
         while self._commands or self._moved:
             commands, self._commands = self._commands, []
-            saves = [command for command in commands if isinstance(command, ev.SAVES)]
-            if any(isinstance(save, ev.SaveUpdate) for save in saves):
-                self._spool.sync()
-            moved, self._moved = list(self._moved.values()), {}
-            if saves or moved:
-                self._store.save(self.run.config.run_id if self.run else "", saves, moved)
+            self._persist([command for command in commands if isinstance(command, ev.SAVES)], now)
             for command in commands:
                 self._perform(command, now)
+        if self._later and (now >= self._save_at or self.is_over):
+            self._persist([], now, all_of_it=True)
+
+    def _persist(self, saves: list[ev.Save], now: float, *, all_of_it: bool = False) -> None:
+        """Save what must be saved before anything is sent; what can wait goes along, or goes alone a moment later."""
+        if any(isinstance(save, ev.SaveUpdate) for save in saves):
+            self._spool.sync()
+        was_waiting = bool(self._later)
+        self._later += saves
+        moved, self._moved = list(self._moved.values()), {}
+        if all_of_it or moved or not all(map(_can_wait, saves)):
+            saves, self._later = self._later, []
+            self._store.save(self.run.config.run_id if self.run else "", saves, moved)
+        elif self._later and not was_waiting:
+            self._save_at = now + _LONGEST_DELAY_S
 
     def say_farewell(self) -> None:
         """Tell everyone that this coordinator stops, before it does."""
@@ -407,6 +426,10 @@ class Driver:
     def is_over(self) -> bool:
         """Whether there is a run and it has come to an end."""
         return self.run is not None and self.run.state in FINAL
+
+
+def _can_wait(save: ev.Save) -> bool:
+    return isinstance(save, ev.SaveTallies) or (isinstance(save, ev.SaveAttempt) and save.can_wait)
 
 
 def presence_payload(epoch: int, instance: str, *, online: bool) -> bytes:

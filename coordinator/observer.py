@@ -119,7 +119,7 @@ class Watch:
                 self._metrics.run_state(run, cast("Any", _RUN_STATES.get(state, state)))
                 level = logging.ERROR if state == "failed" else logging.INFO
                 if state in ("done", "failed", "stopped"):
-                    log_event(_log, level, f"run {state}", run=run, **({"reason": reason} if reason else {}))
+                    log_event(_log, level, f"run {state}", run=run, **cast("Any", {"reason": reason} if reason else {}))
             case ev.RoundOpened(round_num, attempt):
                 board.round_num, board.attempt = round_num, attempt
                 self._metrics.round_started(run, round_num, attempt, self.target, self.quorum)

@@ -27,7 +27,6 @@ class Retention:
     def committed(self, run_id: str, round_num: int, best_round: int | None) -> None:
         """A version was committed, or a better one was found."""
         self._spool.prune(run_id, round_num + 1)
-        self._store.prune(run_id, round_num + 1)
         candidates = {round_num - self._keep}
         if self._best is not None and self._best != best_round and self._best <= round_num - self._keep:
             candidates.add(self._best)

@@ -27,8 +27,8 @@ What is ignored is late or double: normal on MQTT. What is illegal is our own bu
 raises. An event of an agent that is not in the cohort is ignored in every state.
 
 Members of the cohort: INVITED -> ACCEPTED -> REPORTED, or REFUSED, REJECTED (its update failed a gate) or LOST (offline,
-or silent since the invitation). A lost member that comes back is invited again. For one that refused, was
-rejected or lost, the next agent of the draw is invited.
+or silent since the invitation; what is reserved for it is released). A lost member that comes back is invited again. For
+one that refused, was rejected or lost, the next agent of the draw is invited.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from coordinator.round_events import (
     Event,
     FleetChanged,
     Invite,
+    Release,
     TimePassed,
     UpdateAccepted,
     UpdateRejected,
@@ -146,6 +147,8 @@ class _Member:
     invited_at: float = 0.0
     resend_at: float = math.inf
     resend_s: float = _FIRST_RESEND_S
+    left_at: float = -math.inf
+    """Since when it is not waited for."""
     reason: str = ""
 
 
@@ -173,11 +176,12 @@ class Round:
     _members: dict[str, _Member] = field(default_factory=dict)
     _num_invited_first: int = 0
     _ends_at: float = 0.0
-    _grace_ends_at: float = math.inf
+    _wake_at: float = 0.0
+    """When time alone changes something: before that, there is nothing to settle."""
     _story: deque[str] = field(default_factory=lambda: deque(maxlen=40))
 
     def __post_init__(self) -> None:
-        self._ends_at = self.now + self.config.selection_deadline_s
+        self._ends_at = self._wake_at = self.now + self.config.selection_deadline_s
 
     @classmethod
     def restore(
@@ -193,17 +197,17 @@ class Round:
     ) -> Round:
         """The machine as it was persisted. Deadlines begin anew: no clock outlives a process.
 
-        Members that were still awaited are invited again at the next step.
+        Members that were still awaited are invited again by `resume`, which must come first.
         """
         self = cls(config, round_num, attempt, seed, now)
         self.state = state
         for agent_id, member_state in members.items():
-            self._members[agent_id] = _Member(member_state, invited_at=now)
-            if member_state in _WAITING:
-                self._members[agent_id].resend_at = now
-        self._num_invited_first = len(members)
+            resend_at = now if member_state in _WAITING else math.inf
+            self._members[agent_id] = _Member(member_state, invited_at=now, resend_at=resend_at, left_at=now)
+        self._num_invited_first = self._num_to_invite(len(members))
         if state is RoundState.COLLECTING:
             self._ends_at = now + config.report_deadline_s
+        self._wake_at = self._next_wake()
         return self
 
     def step(self, event: Event, now: float) -> list[Command]:
@@ -213,7 +217,9 @@ class Round:
             IllegalEventError: the driver sent an event that cannot come in this state.
         """
         self.now = max(now, self.now)
-        commands = self._settle()
+        commands = self._settle() if self.now >= self._wake_at else []
+        if isinstance(event, TimePassed):
+            return commands
         self._story.append(f"{self.state} {event}")
         if type(event) in LEGAL[self.state]:
             commands += self._apply(event)
@@ -233,15 +239,7 @@ class Round:
 
     def deadline(self) -> float:
         """When time alone changes something; infinity where it never does."""
-        if self.state is RoundState.SELECTING:
-            return self._ends_at
-        if self.state is not RoundState.COLLECTING:
-            return math.inf
-        return min(
-            self._ends_at,
-            self._grace_ends_at,
-            min((member.resend_at for member in self._members.values()), default=math.inf),
-        )
+        return self._wake_at
 
     @property
     def members(self) -> dict[str, MemberState]:
@@ -299,56 +297,67 @@ class Round:
             assert self.reason, "an abandoned round without a reason"
         if self.state is RoundState.COLLECTING:
             assert self._members, "collecting from nobody"
-            assert self.awaited or self._grace_ends_at < math.inf, "waiting for nobody"
+            assert self.awaited or self.now < self._grace_ends_at(), "waiting for nobody"
 
     # What time does.
 
     def _settle(self) -> list[Command]:
         """Apply whatever the passing of time, or the counts, decide by now. Runs before and after each event."""
+        commands: list[Command] = []
         if self.state is RoundState.SELECTING and self.now >= self._ends_at:
-            return self._abandon(
+            commands = self._abandon(
                 f"{len(self._available)} of {self.config.minimum} agents were there after "
                 f"{self.config.selection_deadline_s:g} s; start more agents or lower min_agents"
             )
+        elif self.state is RoundState.COLLECTING:
+            commands = self._settle_members() + self._settle_end()
+        self._wake_at = self._next_wake()
+        return commands
+
+    def _next_wake(self) -> float:
+        if self.state is RoundState.SELECTING:
+            return self._ends_at
         if self.state is not RoundState.COLLECTING:
-            return []
-        return self._settle_members() + self._settle_end()
+            return math.inf
+        next_resend = min((member.resend_at for member in self._members.values()), default=math.inf)
+        return min(self._ends_at, next_resend, math.inf if self.awaited else self._grace_ends_at())
 
     def _settle_members(self) -> list[Command]:
         again: list[str] = []
+        lost: list[str] = []
         for agent_id, member in self._members.items():
             if self.now < member.resend_at:
                 continue
-            if self.now >= member.invited_at + self.config.acceptance_deadline_s:
-                self._fail(member, MemberState.LOST, "silent")
+            silent_at = member.invited_at + self.config.acceptance_deadline_s
+            if min(self.now, self._ends_at) >= silent_at:
+                self._fail(member, MemberState.LOST, "silent", silent_at)
+                lost.append(agent_id)
             else:
                 again.append(agent_id)
-                member.resend_at = self.now + member.resend_s
+                member.resend_at = min(self.now + member.resend_s, silent_at)
                 member.resend_s *= 2
-            if member.state is MemberState.INVITED:
-                member.resend_at = min(member.resend_at, member.invited_at + self.config.acceptance_deadline_s)
-        commands = self._replace()
-        return ([Invite(tuple(again))] if again else []) + commands
+        commands: list[Command] = [Release(tuple(lost))] if lost else []
+        if self.now >= self._ends_at:
+            return commands
+        return [*commands, *([Invite(tuple(again))] if again else []), *self._replace()]
 
     def _settle_end(self) -> list[Command]:
-        num_reported = len(self.reported)
-        if self.config.target and num_reported >= self.config.target:
+        num_reported, grace_ends_at = len(self.reported), self._grace_ends_at()
+        if self.config.target and num_reported >= max(self.config.target, self.config.quorum):
             return self._close()
+        if num_reported >= self.config.quorum and (not self.awaited or self.now >= self._ends_at):
+            return self._close()
+        if not self.awaited and self.now >= grace_ends_at and grace_ends_at <= self._ends_at:
+            return self._abandon(self._shortfall("with nobody left to wait for"))
         if self.now >= self._ends_at:
-            if num_reported >= self.config.quorum:
-                return self._close()
             return self._abandon(self._shortfall(f"after {self.config.report_deadline_s:g} s"))
-        if self.awaited:
-            self._grace_ends_at = math.inf
-            return []
-        if num_reported >= self.config.quorum:
-            return self._close()
-        lost = any(member.state is MemberState.LOST for member in self._members.values())
-        if lost and self._grace_ends_at == math.inf:
-            self._grace_ends_at = self.now + _RETURN_GRACE_S
-        if lost and self.now < self._grace_ends_at:
-            return []
-        return self._abandon(self._shortfall("with nobody left to wait for"))
+        return []
+
+    def _grace_ends_at(self) -> float:
+        """Until when lost members may come back once nobody is waited for; minus infinity where none is lost."""
+        if all(member.state is not MemberState.LOST for member in self._members.values()):
+            return -math.inf
+        return max(member.left_at for member in self._members.values()) + _RETURN_GRACE_S
 
     # What events do.
 
@@ -379,15 +388,18 @@ class Round:
             case UpdateAccepted():
                 member.state = MemberState.REPORTED
                 member.resend_at = math.inf
+                member.left_at = self.now
             case UpdateRejected(_, reason):
-                self._fail(member, MemberState.REJECTED, reason)
+                self._fail(member, MemberState.REJECTED, reason, self.now)
             case AgentAccepted() if not done and member.state is not MemberState.REFUSED:
                 member.state = MemberState.ACCEPTED
                 member.resend_at = math.inf
+                member.reason = ""
             case AgentRefused(_, reason) if not done:
-                self._fail(member, MemberState.REFUSED, reason)
-            case AgentLost() if member.state in _WAITING:
-                self._fail(member, MemberState.LOST, "offline")
+                self._fail(member, MemberState.REFUSED, reason, self.now)
+            case AgentLost(agent_id) if member.state in _WAITING:
+                self._fail(member, MemberState.LOST, "offline", self.now)
+                return [Release((agent_id,)), *self._replace()]
             case AgentReturned(agent_id) if member.state in (*_WAITING, MemberState.LOST):
                 self._invite(agent_id)
                 return [Invite((agent_id,))]
@@ -396,9 +408,7 @@ class Round:
         return self._replace()
 
     def _select(self) -> list[Command]:
-        order = draw_order(self._available, self.seed, self.round_num)
-        wanted = math.ceil(self.config.target * self.config.over_select - 1e-9) if self.config.target else len(order)
-        chosen = order[: max(wanted, self.config.minimum)]
+        chosen = draw_order(self._available, self.seed, self.round_num)[: self._num_to_invite(len(self._available))]
         self.state = RoundState.COLLECTING
         self._ends_at = self.now + self.config.report_deadline_s
         self._num_invited_first = len(chosen)
@@ -406,14 +416,22 @@ class Round:
             self._invite(agent_id)
         return [Invite(tuple(chosen))]
 
+    def _num_to_invite(self, num_available: int) -> int:
+        """How many of so many agents take part at once."""
+        if not self.config.target:
+            return num_available
+        wanted = math.ceil(self.config.target * self.config.over_select - 1e-9)
+        return min(num_available, max(wanted, self.config.minimum, self.config.quorum))
+
     def _invite(self, agent_id: str) -> None:
         resend_s = min(_FIRST_RESEND_S, self.config.acceptance_deadline_s)
         self._members[agent_id] = _Member(MemberState.INVITED, self.now, self.now + resend_s, resend_s * 2)
 
-    def _fail(self, member: _Member, state: MemberState, reason: str) -> None:
+    def _fail(self, member: _Member, state: MemberState, reason: str, at: float) -> None:
         member.state = state
         member.reason = reason
         member.resend_at = math.inf
+        member.left_at = at
 
     def _replace(self) -> list[Command]:
         """Invite the next agents of the draw for those that will not report, up to the number first invited."""

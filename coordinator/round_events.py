@@ -13,6 +13,9 @@ class FleetChanged:
 
     available: frozenset[str]
 
+    def __str__(self) -> str:
+        return f"FleetChanged({len(self.available)} agents)"
+
 
 @dataclass(frozen=True, slots=True)
 class AgentAccepted:
@@ -108,6 +111,13 @@ class Invite:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """These agents are lost: what is reserved for them can go to others, until they are heard again."""
+
+    agent_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Dismiss:
     """Tell these agents that their work is not wanted any more."""
 
@@ -135,4 +145,4 @@ class Abandon:
     reason: str
 
 
-Command = Invite | Dismiss | Aggregate | Commit | Abandon
+Command = Invite | Release | Dismiss | Aggregate | Commit | Abandon

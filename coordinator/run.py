@@ -56,6 +56,8 @@ class RunState(enum.StrEnum):
     STOPPED = "stopped"
 
 
+_SeenAttempt = tuple[int, int, RoundState, dict[str, MemberState]]
+
 FINAL = (RunState.DONE, RunState.FAILED, RunState.STOPPED)
 
 
@@ -142,7 +144,7 @@ class Run:
         self._started = False
         self._roll_call_at = -math.inf
         self._delta_norm = 0.0
-        self._saved_attempt: object = None
+        self._saved_attempt: _SeenAttempt | None = None
         self._saved_run: object = None
         if resumed is not None:
             self._restore(resumed)
@@ -509,11 +511,12 @@ class Run:
         if self.attempt is None:
             return []
         machine = self.attempt.round
-        save = ev.SaveAttempt(machine.round_num, machine.attempt, machine.state, machine.reason, machine.members)
-        if save == self._saved_attempt:
+        seen = (machine.round_num, machine.attempt, machine.state, machine.members)
+        if seen == self._saved_attempt:
             return []
-        self._saved_attempt = save
-        return [save]
+        can_wait = self._saved_attempt is not None and _essence(seen) == _essence(self._saved_attempt)
+        self._saved_attempt = seen
+        return [ev.SaveAttempt(*seen[:3], machine.reason, seen[3], can_wait)]
 
     def _save_run(self, before: RunState) -> list[ev.Command]:
         best_round, best_value = self.best or (None, None)
@@ -573,3 +576,10 @@ class Run:
         if self.attempt is not None:
             return self.attempt.round.state is RoundState.SELECTING
         return not self._started
+
+
+def _essence(seen: _SeenAttempt) -> tuple[object, ...]:
+    """What a restart needs of an attempt: who took the invitation already does not matter, all of them get it again."""
+    *head, members = seen
+    taken = MemberState.INVITED
+    return (*head, {agent: taken if state is MemberState.ACCEPTED else state for agent, state in members.items()})

@@ -236,13 +236,17 @@ class SaveRun:
 
 @dataclass(frozen=True, slots=True)
 class SaveAttempt:
-    """Persist where an attempt stands."""
+    """Persist where an attempt stands.
+
+    `can_wait` where a restart would do the same without it: that an agent took its invitation, say.
+    """
 
     round_num: int
     attempt: int
     state: RoundState
     reason: str
     members: Mapping[str, MemberState]
+    can_wait: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ One loop takes what waits in the queue, a turn at a time, hands it to the driver
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import math
 import os
@@ -221,6 +222,7 @@ class Service:
         deadline = min(
             self._driver.run.deadline() if self._driver.run else math.inf,
             self._compute.deadline() if self._compute else math.inf,
+            self._driver.deadline(),
             now + _LONGEST_WAIT_S,
         )
         for event in self.queue.take(max(0.0, deadline - now)):
@@ -298,7 +300,8 @@ class Service:
             key = (run.version.round_num, run.best[0] if run.best else None)
             if key != self._retained_for:
                 self._retained_for = key
-                self._retention.committed(run.config.run_id, *key)
+                assert self._compute is not None
+                self._compute.later(functools.partial(self._retention.committed, run.config.run_id, *key))
 
     def _is_over(self) -> bool:
         state = self.state

@@ -9,7 +9,7 @@ Tables
     runs       one row a run: its configuration, state, where it stands, the best version
     versions   one row a committed version: digest, parent, what it was made of, how it does
     attempts   one row an attempt at a round: state, and each member's
-    updates    one row an accepted update, of the current and of past rounds
+    updates    one row an accepted update, of the current round and of the last hundred
     tallies    one row per (run, outcome, reason): how many updates met that fate
     agents     one row an agent that was ever heard of
 """
@@ -32,6 +32,8 @@ from midge.wire.messages import Evaluation
 
 SCHEMA_VERSION = 1
 DATABASE = "midge.db"
+KEPT_ROUNDS = 100
+"""Accepted updates are remembered for this many rounds; versions for ever."""
 
 _metadata = sa.MetaData()
 _meta = sa.Table("meta", _metadata, sa.Column("key", sa.String, primary_key=True), sa.Column("value", sa.String))
@@ -226,65 +228,21 @@ class Store:
         latest: dict[Any, ev.Save] = {}
         for save in saves:
             latest[_key(save)] = save
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for save in latest.values():
+            name, *values = _rows_of(run_id, save)
+            rows.setdefault(name, []).extend(values)
+        now = _now()
+        for agent in agents:
+            row = {**msgspec.structs.asdict(agent), "labels": _to_json(agent.labels).decode(), "changed_at": now}
+            rows.setdefault("agent", []).append(row)
         with self._engine.begin() as connection:
-            for save in latest.values():
-                self._save(connection, run_id, save)
-            for agent in agents:
-                values = {
-                    **msgspec.structs.asdict(agent),
-                    "labels": _to_json(agent.labels).decode(),
-                    "changed_at": _now(),
-                }
-                _upsert(connection, _agents, values, ["agent_id"])
-
-    def _save(self, connection: sa.Connection, run_id: str, save: ev.Save) -> None:
-        match save:
-            case ev.SaveRun():
-                values = {
-                    "state": save.state,
-                    "reason": save.reason,
-                    "round_num": save.round_num,
-                    "best_round": save.best_round,
-                    "best_value": save.best_value,
-                    "updated_at": _now(),
-                }
-                connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(**values))
-            case ev.SaveAttempt():
-                members = _to_json(dict(save.members)).decode()
-                values = {"state": save.state, "reason": save.reason, "members": members}
-                keys = {"run_id": run_id, "round_num": save.round_num, "attempt": save.attempt}
-                _upsert(connection, _attempts, {**keys, **values}, list(keys))
-            case ev.SaveUpdate(round_num, update):
-                keys = {"run_id": run_id, "round_num": round_num, "agent_id": update.agent_id}
-                _upsert(connection, _updates, {**keys, **_update_values(update)}, list(keys))
-            case ev.SaveVersion():
-                # Not an upsert: a version is written once, and a second one with its number is an error (I1).
-                values = {
-                    "run_id": run_id,
-                    "round_num": save.round_num,
-                    "digest": save.digest,
-                    "parent": save.parent,
-                    "num_updates": save.num_updates,
-                    "num_examples": save.num_examples,
-                    "delta_norm": save.delta_norm,
-                    "duration_s": save.duration_s,
-                    "attempts": save.attempts,
-                    "created_at": _now(),
-                }
-                connection.execute(_versions.insert().values(**values))
-            case ev.SaveEvaluation(round_num, source, score):
-                where = sa.and_(_versions.c.run_id == run_id, _versions.c.round_num == round_num)
-                connection.execute(_versions.update().where(where).values(**{source: _to_json(score).decode()}))
-            case ev.SaveTallies(tallies):
-                for (outcome, reason), count in tallies.items():
-                    keys = {"run_id": run_id, "outcome": outcome, "reason": reason}
-                    _upsert(connection, _tallies, {**keys, "count": count}, list(keys))
-
-    def prune(self, run_id: str, keep_from_round: int) -> None:
-        """Forget the accepted updates of rounds before; their versions stay."""
-        where = sa.and_(_updates.c.run_id == run_id, _updates.c.round_num < keep_from_round)
-        with self._engine.begin() as connection:
-            connection.execute(_updates.delete().where(where))
+            for name, values in rows.items():
+                if values:
+                    connection.execute(_STATEMENTS[name], values)
+            for version in rows.get("version", ()):
+                done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
+                connection.execute(_STATEMENTS["done_with"], done)
 
     # Reading.
 
@@ -371,10 +329,68 @@ def _configure(connection: Any, record: object) -> None:  # noqa: ARG001
     cursor.close()
 
 
-def _upsert(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any], keys: list[str]) -> None:
-    rest = {name: value for name, value in values.items() if name not in keys}
-    statement = insert(table).values(**values)
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=rest))
+def _upsert(table: sa.Table) -> sa.Executable:
+    statement = insert(table)
+    keys = [column.name for column in table.primary_key]
+    rest = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=rest)
+
+
+def _set_score(source: str) -> sa.Executable:
+    where = sa.and_(_versions.c.run_id == sa.bindparam("run"), _versions.c.round_num == sa.bindparam("number"))
+    return _versions.update().where(where).values({source: sa.bindparam("score")})
+
+
+# Made once: to compile a statement costs more than to execute it.
+_STATEMENTS: dict[str, sa.Executable] = {
+    # Not an upsert: a version is written once, and a second one with its number is an error (I1).
+    "version": _versions.insert(),
+    "done_with": _updates.delete().where(
+        _updates.c.run_id == sa.bindparam("run"), _updates.c.round_num < sa.bindparam("number")
+    ),
+    "attempt": _upsert(_attempts),
+    "update": _upsert(_updates),
+    "central": _set_score("central"),
+    "federated": _set_score("federated"),
+    "tallies": _upsert(_tallies),
+    "run": _runs.update()
+    .where(_runs.c.run_id == sa.bindparam("run"))
+    .values(
+        {
+            name: sa.bindparam(f"new_{name}")
+            for name in ("state", "reason", "round_num", "best_round", "best_value", "updated_at")
+        }
+    ),
+    "agent": _upsert(_agents),
+}
+
+
+def _rows_of(run_id: str, save: ev.Save) -> tuple[Any, ...]:
+    """The name of the statement that saves this, and the rows to execute it with."""
+    match save:
+        case ev.SaveRun():
+            values = msgspec.to_builtins(save)
+            return "run", {
+                "run": run_id,
+                "new_updated_at": _now(),
+                **{f"new_{key}": value for key, value in values.items()},
+            }
+        case ev.SaveAttempt():
+            row = {"run_id": run_id, "round_num": save.round_num, "attempt": save.attempt}
+            members = _to_json(dict(save.members)).decode()
+            return "attempt", {**row, "state": save.state, "reason": save.reason, "members": members}
+        case ev.SaveUpdate(round_num, update):
+            row = {"run_id": run_id, "round_num": round_num, "agent_id": update.agent_id}
+            return "update", {**row, **_update_values(update)}
+        case ev.SaveVersion():
+            return "version", {"run_id": run_id, "created_at": _now(), **msgspec.to_builtins(save)}
+        case ev.SaveEvaluation(round_num, source, score):
+            return source, {"run": run_id, "number": round_num, "score": _to_json(score).decode()}
+        case ev.SaveTallies(tallies):
+            return "tallies", *(
+                {"run_id": run_id, "outcome": outcome, "reason": reason, "count": count}
+                for (outcome, reason), count in tallies.items()
+            )
 
 
 def _key(save: ev.Save) -> object:

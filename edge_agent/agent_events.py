@@ -42,6 +42,7 @@ class FinishedUpdate:
     training_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    frames_bytes: int = 0
 
 
 # Events, in the past tense.

@@ -5,17 +5,22 @@ One directory per agent:
     lock               held by the running agent: two agents cannot share a directory
     invitation.json    the invitation at hand, written before it is accepted
     model.bin          the model being fetched, or last fetched: its flat vector, float32 little-endian
-    update.json        the finished update's header, written last: an update without it does not exist
-    update.bin         its frames, encoded, one after the other: what is resent are these very bytes
+    update.bin         the finished update: its encoded frames one after the other (what is resent are these very bytes),
+                       then its header as JSON, then a footer that says how long the header is, and its CRC-32
 
-Whatever must survive a power failure is written to a temporary file, synced, renamed, and the directory synced.
-No numpy here: the supervisor handles bytes.
+An update exists once its footer is whole: it is written last, and one sync makes all of it durable. Files are written in place,
+so that nothing else need be synced. The invitation is not: it must outlive a kill, and after a power failure the coordinator
+invites again. No numpy here: the supervisor handles bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import struct
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +33,9 @@ from midge.wire.layout import Layout, model_hash
 from midge.wire.messages import Head, Invitation, decode, encode
 
 _CHUNK_BYTES = 1 << 20
+_FOOTER = struct.Struct("<II4s")
+_MAGIC = b"MUPD"
+_to_json = msgspec.json.Encoder().encode
 
 
 class JournalError(Exception):
@@ -41,7 +49,7 @@ class JournalLike(Protocol):
         """The finished update, if there is one."""
 
     def write_invitation(self, invitation: Invitation) -> None:
-        """Write an invitation down, durably."""
+        """Write an invitation down."""
 
     def erase(self) -> None:
         """Erase invitation and update."""
@@ -73,10 +81,8 @@ class Journal:
         self.path = path
         self.model_path = path / "model.bin"
         self.update_path = path / "update.bin"
-        self.header_path = path / "update.json"
         self._model_fd = -1
         self._update_fd = -1
-        self._stride = 0
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -96,21 +102,22 @@ class Journal:
     def update(self) -> FinishedUpdate | None:
         """The finished update, if there is one and it is whole."""
         try:
-            update = msgspec.json.decode(self.header_path.read_bytes(), type=FinishedUpdate)
-            size_bytes = self.update_path.stat().st_size
-        except (OSError, msgspec.MsgspecError):
+            return read_update(self.update_path)
+        except OSError:
             return None
-        return update if size_bytes > HEADER_BYTES * update.num_frames else None
 
     def write_invitation(self, invitation: Invitation) -> None:
-        """Write an invitation down, durably."""
-        write_durably(self.path / "invitation.json", encode(invitation))
+        """Write an invitation down."""
+        temporary = self.path / "invitation.tmp"
+        temporary.write_bytes(encode(invitation))
+        temporary.replace(self.path / "invitation.json")
 
     def erase(self) -> None:
         """Erase invitation and update."""
         self._close_update()
-        for path in (self.header_path, self.path / "invitation.json", self.update_path):
-            path.unlink(missing_ok=True)
+        for path in (self.update_path, self.path / "invitation.json"):
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(path, 0)
 
     def open_model(self, head: Head) -> None:
         """Make room for a model."""
@@ -140,13 +147,10 @@ class Journal:
         """A frame of the finished update, as it is sent."""
         if self._update_fd < 0:
             self._update_fd = os.open(self.update_path, os.O_RDONLY | os.O_CLOEXEC)
-            size_bytes = os.fstat(self._update_fd).st_size
-            # All frames but the last are of one length, so that frame i starts at i times the length of the first.
-            first = os.pread(self._update_fd, HEADER_BYTES, 0)
-            self._stride = (
-                size_bytes if update.num_frames == 1 else HEADER_BYTES + int.from_bytes(first[24:28], "little")
-            )
-        return os.pread(self._update_fd, self._stride, index * self._stride)
+        # All frames but the last are of one length, which the first one's header has at byte 24.
+        first, last = self._body_bytes(0), update.frames_bytes
+        start = index * (HEADER_BYTES + first)
+        return os.pread(self._update_fd, min(HEADER_BYTES + first, last - start), start)
 
     def forget_update_file(self) -> None:
         """A new update is about to be written in place of the old."""
@@ -157,6 +161,9 @@ class Journal:
         self._close_model()
         self._close_update()
         os.close(self._lock_fd)
+
+    def _body_bytes(self, offset: int) -> int:
+        return int.from_bytes(os.pread(self._update_fd, 4, offset + 24), "little")
 
     def _close_model(self) -> None:
         if self._model_fd >= 0:
@@ -169,21 +176,36 @@ class Journal:
             self._update_fd = -1
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file so that after a power failure it holds the old content or the new, whole."""
-    temporary = path.with_suffix(".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def write_update(path: Path, frames: Iterable[bytes], update: FinishedUpdate) -> None:
+    """Write a finished update, durably; `update.frames_bytes` is the length of all frames together."""
+    header = _to_json(update)
+    with path.open("wb", buffering=1 << 20) as file:
+        for frame in frames:
+            file.write(frame)
+        file.write(header)
+        file.write(_FOOTER.pack(len(header), zlib.crc32(header), _MAGIC))
+        file.flush()
+        os.fdatasync(file.fileno())
+
+
+def read_update(path: Path) -> FinishedUpdate | None:
+    """What the file's footer and header say; None where there is no whole update."""
+    with path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        footer = os.pread(file.fileno(), _FOOTER.size, max(0, size_bytes - _FOOTER.size))
+        if len(footer) < _FOOTER.size:
+            return None
+        header_bytes, checksum, magic = _FOOTER.unpack(footer)
+        if magic != _MAGIC or header_bytes > size_bytes - _FOOTER.size:
+            return None
+        header = os.pread(file.fileno(), header_bytes, size_bytes - _FOOTER.size - header_bytes)
+    if zlib.crc32(header) != checksum:
+        return None
     try:
-        os.write(fd, content)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        update = msgspec.json.decode(header, type=FinishedUpdate)
+    except msgspec.MsgspecError:
+        return None
+    return update if update.frames_bytes + header_bytes + _FOOTER.size == size_bytes else None
 
 
 def _num_elements(head: Head) -> int:

@@ -16,6 +16,7 @@ import msgspec
 
 from edge_agent import agent_events as ev
 from edge_agent import worker_messages as msg
+from edge_agent.journal import read_update
 from midge.tasks.process import Child
 from midge.wire.messages import Head, Invitation
 
@@ -101,7 +102,6 @@ class Trainer:
             head=head,
             model_path=str(self._directory / "model.bin"),
             update_path=str(self._directory / "update.bin"),
-            header_path=str(self._directory / "update.json"),
         )
         self._idle_at = math.inf
         if self._running is None:
@@ -196,7 +196,9 @@ class Trainer:
 
     def _read_update(self) -> ev.Event:
         try:
-            content = (self._directory / "update.json").read_bytes()
-            return ev.TrainingFinished(msgspec.json.decode(content, type=ev.FinishedUpdate))
-        except (OSError, msgspec.MsgspecError) as error:
-            return ev.TrainingFailed(ev.Objection("disk", f"the worker's update cannot be read: {error}"[:500]))
+            update = read_update(self._directory / "update.bin")
+        except OSError as error:
+            return ev.TrainingFailed(ev.Objection("disk", f"the worker's update cannot be read: {error.strerror}"))
+        if update is None:
+            return ev.TrainingFailed(ev.Objection("disk", "the worker's update is not whole on disk"))
+        return ev.TrainingFinished(update)

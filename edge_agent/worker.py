@@ -1,13 +1,12 @@
 """The worker: the only process of an agent that holds torch and the data. The supervisor starts it and feeds it.
 
-For each round it evaluates the global model on its own data, trains from it, and writes the update to disk, frames first and
-header last. It may be killed at any time: what is not whole on disk does not exist.
+For each round it evaluates the global model on its own data, trains from it, and writes the update to disk. It may be killed at
+any time: an update that is not whole on disk does not exist.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -19,14 +18,14 @@ import numpy as np
 
 from edge_agent import worker_messages as msg
 from edge_agent.agent_events import FinishedUpdate
-from edge_agent.journal import write_durably
+from edge_agent.journal import write_update
 from midge.tasks.base import DataSpec, Score, Task, TaskError, Trained, TrainSpec, seed_of
 from midge.tasks.flatten import state_to_vector, vector_to_state
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
 from midge.wire.codecs import FLOAT32, encode_float32
 from midge.wire.errors import LayoutError
-from midge.wire.frames import Framing, content_tag, encode_frame, run_tag, update_digest
+from midge.wire.frames import HEADER_BYTES, Framing, content_tag, encode_frame, run_tag, update_digest
 from midge.wire.layout import Layout
 from midge.wire.messages import Evaluation
 
@@ -120,7 +119,6 @@ class Worker:
 
 
 def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, score: Score, training_s: float) -> None:
-    """Frames first and header last, each synced: an update exists once its header does."""
     if trained.num_examples < 1:
         raise TaskError(f"{request.run_id}: training used {trained.num_examples} examples, expected at least 1")
     vector, counters = state_to_vector(trained.state, layout)
@@ -128,23 +126,18 @@ def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, sco
     spans = [framing.span(index) for index in range(framing.num_frames)]
     bodies = [encode_float32(vector[start:stop]) for start, stop in spans]
     digest = update_digest(hashlib.sha256(body).digest() for body in bodies)
-    tags = {"run_tag": run_tag(request.run_id), "content_tag": content_tag(digest)}
-    Path(request.header_path).unlink(missing_ok=True)
-    fd = os.open(request.update_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb", buffering=1 << 20) as file:
-        for index, ((start, stop), body) in enumerate(zip(spans, bodies, strict=True)):
-            file.write(
-                encode_frame(
-                    codec=FLOAT32,
-                    round_num=request.round_num,
-                    index=index,
-                    num_elements=stop - start,
-                    body=body,
-                    **tags,
-                )
-            )
-        file.flush()
-        os.fdatasync(file.fileno())
+    frames = (
+        encode_frame(
+            codec=FLOAT32,
+            run_tag=run_tag(request.run_id),
+            round_num=request.round_num,
+            index=index,
+            num_elements=stop - start,
+            content_tag=content_tag(digest),
+            body=body,
+        )
+        for index, ((start, stop), body) in enumerate(zip(spans, bodies, strict=True))
+    )
     update = FinishedUpdate(
         run_id=request.run_id,
         round_num=request.round_num,
@@ -152,13 +145,14 @@ def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, sco
         layout_digest=layout.digest,
         update_digest=digest,
         num_frames=framing.num_frames,
+        frames_bytes=sum(HEADER_BYTES + len(body) for body in bodies),
         num_examples=trained.num_examples,
         counters=counters,
         training_s=training_s,
         metrics=_finite(trained.metrics),
         evaluation=_evaluation(score),
     )
-    write_durably(Path(request.header_path), _encode(update))
+    write_update(Path(request.update_path), frames, update)
 
 
 def _evaluation(score: Score) -> Evaluation | None:

@@ -40,7 +40,6 @@ class TrainModel(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     head: Head
     model_path: str
     update_path: str
-    header_path: str
 
 
 class CancelTraining(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):

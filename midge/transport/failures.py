@@ -147,7 +147,7 @@ def explain_disconnect(code: int, name: str, address: Address, client_id: str) -
 
 
 def _explain_tls(error: ssl.SSLError, address: Address) -> Failure:
-    detail = (error.reason or str(error)).upper()
+    detail = (getattr(error, "reason", None) or str(error)).upper()
     if isinstance(error, ssl.SSLCertVerificationError):
         advice = "give the certificate of the CA that signed it (ca_file), and use the name that it was made out to"
         return Failure(
@@ -159,4 +159,4 @@ def _explain_tls(error: ssl.SSLError, address: Address) -> Failure:
     if "WRONG_VERSION_NUMBER" in detail or "HTTP_REQUEST" in detail:
         advice = "use the port of its TLS listener, or a scheme without TLS"
         return Failure(Kind.FATAL, f"{address}: the broker does not speak TLS on this port: {advice}")
-    return Failure(Kind.LOST, f"{address}: TLS failed: {error.reason or error}")
+    return Failure(Kind.LOST, f"{address}: TLS failed: {detail}")

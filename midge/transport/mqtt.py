@@ -350,12 +350,13 @@ class _PahoLink:
         if flags.is_disconnect_packet_from_server:
             self.failure = explain_disconnect(code.value, str(code), self._address, self._settings.client_id)
         elif self.accepted is None and code.value == Reason.PROTOCOL_ERROR:
-            # paho hands out no CONNACK of 3.1.1 that refuses the version: it ends like one that it cannot read.
-            self.failure = explain_refusal(Reason.UNSUPPORTED_VERSION, "", self._address, self._settings.client_id)
+            # Also how paho ends on a CONNACK of 3.1.1 that refuses the version, which it does not hand out.
+            hint = "" if self._address.uses_tls else ", or not its port for connections without TLS"
+            reason = f"{self._address}: the answer to CONNECT cannot be read: another version of MQTT{hint}"
+            self.failure = Failure(Kind.WRONG_VERSION, reason)
         elif self.accepted is None and not isinstance(self._error, ssl.SSLError):
-            self.failure = Failure(
-                Kind.NO_ANSWER, f"{self._address}: closed the connection without an answer to CONNECT"
-            )
+            hint = "" if self._address.uses_tls else ": is this its port for connections without TLS?"
+            self.failure = Failure(Kind.NO_ANSWER, f"{self._address}: closed without an answer to CONNECT{hint}")
         elif self._error is not None:
             self.failure = explain_error(self._error, self._address)
         elif code.value == Reason.KEEP_ALIVE_TIMEOUT:

@@ -56,9 +56,7 @@ class Versions:
                 self._older_works = failure.kind is Kind.PROBED
                 self._speak("5")
         if self._num_refused > 1:
-            return Failure(
-                Kind.FATAL, f"{failure.reason}, and no other one that we do: use a broker of MQTT 5 or 3.1.1"
-            )
+            return Failure(Kind.FATAL, f"{failure.reason} (5 and 3.1.1 were tried)")
         return failure
 
     def _speak(self, version: Version, *, probing: bool = False) -> None:

@@ -12,11 +12,12 @@ from midge.eventqueue import EventQueue
 from midge.transport.base import Connected, Disconnected, MessageReceived, Published, Will
 
 VERSIONS = {"mosquitto": "5", "embedded": "3.1.1"}
+PACKET_LIMITS = {"mosquitto": 2_000_000, "embedded": None}
 
 
 def test_it_speaks_version_5_where_the_broker_does_and_3_1_1_where_not(broker, peer):
     agent = peer(broker.url, "a")
-    assert agent.seen == [Connected(VERSIONS[broker.kind], None)]
+    assert agent.seen == [Connected(VERSIONS[broker.kind], PACKET_LIMITS[broker.kind])]
     assert agent.transport.healthy
 
 

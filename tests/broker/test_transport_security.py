@@ -194,7 +194,7 @@ def start_websocket(start_mosquitto, free_port):
 def test_a_websocket_carries_frames_both_ways(start_websocket, peer):
     tcp, websocket = start_websocket()
     agent, other = peer(websocket, "a"), peer(tcp, "b")
-    assert agent.seen == [Connected("5", None)]
+    assert agent.seen == [Connected("5", 2_000_000)]
     exchange(agent, other)
     exchange(other, agent, size_bytes=5_000, count=2)  # Mosquitto 2.0 writes 4 KB per 100 ms to a WebSocket
 

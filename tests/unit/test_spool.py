@@ -212,6 +212,13 @@ def test_many_appends_cost_one_sync_and_nothing_costs_none(spool, monkeypatch):
     assert len(synced) == 1
 
 
+def test_a_new_segment_has_a_durable_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    Spool(tmp_path / "spool").round("run-a", 1).close()
+    assert synced == [str(tmp_path / "spool"), str(tmp_path / "spool" / "run-a")]
+
+
 def test_records_of_a_killed_process_are_synced_by_the_next(spool, monkeypatch, reopened):
     put(spool, "pi-1", 0, [1])
     again = reopened(spool)

@@ -7,6 +7,7 @@ into one frame; here frames of 6 elements make two, so that the last one is the 
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from typing import Any
 
@@ -28,6 +29,7 @@ from midge.wire.messages import (
     RollCall,
     TrainingConfig,
     UpdateHeader,
+    encode,
 )
 from midge.wire.topics import Topics
 
@@ -143,3 +145,46 @@ MESSAGES: dict[str, Message] = {
         evaluation=Evaluation(num_examples=120, loss=0.875, metrics={"accuracy": 0.75}),
     ),
 }
+
+NOT_IDENTIFIERS = {
+    "nothing": "",
+    "65 characters": "a" * 65,
+    "a capital": "Pi",
+    "a sign at the start": "-pi",
+    "an underscore at the start": "_pi",
+    "a space": "pi 3",
+    "a dot": "pi.3",
+    "this directory": ".",
+    "the directory above": "..",
+    "a path": "../etc/passwd",
+    "an absolute path": "/etc",
+    "a backslash": "a\\b",
+    "a level of a topic": "a/b",
+    "a wildcard for one level": "+",
+    "a wildcard at the end": "a+",
+    "a wildcard for the rest": "#",
+    "a topic of the broker": "$sys",
+    "NUL": "a\0",
+    "a line feed at the end": "a\n",
+    "a line feed in the middle": "a\nb",
+    "a carriage return": "a\r",
+    "a tab": "a\tb",
+    "a quote": 'a"b',
+    "a brace": "a{b}",
+    "a percent sign": "%u",
+    "a Cyrillic a": "\u0430gent",
+    "a fullwidth a": "\uff41",
+    "an Arabic digit": "\u0663",
+    "a superscript": "a\u00b2",
+    "a sharp s": "stra\u00dfe",
+    "a dotless i": "p\u0131",
+    "a combining accent": "e\u0301",
+    "a zero-width joiner": "a\u200db",
+    "a lone surrogate": "a\ud800",
+}
+
+
+def sent(kind: str, **changes: object) -> bytes:
+    """The example of a kind as it travels, with fields changed, added, or left out where the value is `...`."""
+    fields = json.loads(encode(MESSAGES[kind])) | changes
+    return json.dumps({name: value for name, value in fields.items() if value is not ...}).encode()
