@@ -10,6 +10,7 @@ persisted as always. For the 45 MB model it also prints how long Mosquitto alone
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -33,26 +34,18 @@ FRAME_BYTES = 88 * 1024
 def federation_s(url: str, directory: Path, task: str, num_agents: int, rounds: int) -> list[float]:
     """Seconds between commits, the first few left out."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    name = f"bench-{num_agents}"
-    common = ["--broker", url, "--federation", name, "--task", task]
-    agents = [
-        subprocess.Popen(
-            [sys.executable, "-m", "edge_agent", "run", *common, "--agent-id", f"agent-{i}"]
-            + ["--state-dir", str(directory / "agents"), "--log-level", "error"],
-            env=environment,
-        )
-        for i in range(num_agents)
-    ]
+    common = f"--broker {url} --federation bench-{num_agents} --task {task} --log-level error".split()
     state_dir = directory / f"coordinator-{num_agents}-{rounds}"
+    run = (
+        f"--rounds {rounds} --min-agents {num_agents} --http-port 0 --set keep_models=2 --state-dir {state_dir}".split()
+    )
+    agents = []
+    for i in range(num_agents):
+        own = f"--agent-id agent-{i} --state-dir {directory / 'agents'}".split()
+        agents.append(subprocess.Popen([sys.executable, "-m", "edge_agent", "run", *common, *own], env=environment))
     try:
-        subprocess.run(
-            [sys.executable, "-m", "coordinator", "run", *common, "--rounds", str(rounds)]
-            + ["--min-agents", str(num_agents), "--state-dir", str(state_dir), "--http-port", "0"]
-            + ["--log-level", "error", "--set", "keep_models=2"],
-            env=environment,
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
+        command = [sys.executable, "-m", "coordinator", "run", *common, *run]
+        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
     finally:
         for agent in agents:
             agent.terminate()
@@ -62,7 +55,7 @@ def federation_s(url: str, directory: Path, task: str, num_agents: int, rounds: 
     versions = store.versions(store.runs()[0]["run_id"])
     store.close()
     times = [datetime.fromisoformat(version["created_at"]).timestamp() for version in versions]
-    return [after - before for before, after in zip(times[2:], times[3:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times[2:])]
 
 
 def raw_s(url: str, num_bytes: int, num_agents: int) -> float:
@@ -133,12 +126,18 @@ def main() -> None:
             for num_agents in map(int, options.agents.split(",")):
                 seconds = federation_s(broker.url, directory, "benchmarks.null_task:small", num_agents, options.rounds)
                 spread = f"{min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}"
-                print(f"10 KB, {num_agents:2} agents: median {median(seconds) * 1e3:6.1f} ms a round ({spread})", flush=True)
+                print(
+                    f"10 KB, {num_agents:2} agents: median {median(seconds) * 1e3:6.1f} ms a round ({spread})",
+                    flush=True,
+                )
             if options.large_rounds:
                 raw = median(raw_s(broker.url, 45_000_000, 2) for _ in range(3))
                 seconds = federation_s(broker.url, directory, "benchmarks.null_task:large", 2, options.large_rounds)
-                print(f"45 MB,  2 agents: median {median(seconds):6.2f} s a round ({min(seconds):.2f} to {max(seconds):.2f})")
-                print(f"45 MB,  2 agents: {raw:6.2f} s for the same bytes through Mosquitto alone: ratio {median(seconds) / raw:.1f}")
+                middle = median(seconds)
+                print(f"45 MB,  2 agents: median {middle:6.2f} s a round ({min(seconds):.2f} to {max(seconds):.2f})")
+                print(
+                    f"45 MB,  2 agents: {raw:13.2f} s, the same bytes through Mosquitto alone; ratio {middle / raw:.1f}"
+                )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from coordinator.strategies.base import Strategy
 from midge.wire.frames import ELEMENT_BYTES, Framing
 
 _GROUP_ROWS = 20
-_BLOCK_ELEMENTS = 64 * 1024
+_BLOCK_ELEMENTS = 48 * 1024
 _RELEASE_BYTES = 8 * 1024 * 1024
 
 
