@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class Interrupted(Exception):  # noqa: N818  no error: somebody wished it
     """A signal asked the program to end.
@@ -47,7 +45,7 @@ def exit_at_once() -> None:
         os.write(2, f"coordinator: {description(number)}\n".encode())
         os._exit(128 + number)
 
-    for number in SIGNALS:
+    for number in _signals():
         signal.signal(number, on_signal)
 
 
@@ -63,7 +61,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in _signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,6 +91,15 @@ class Interrupts:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._number = self._number or number
         self._wake()
+
+
+def _signals() -> list[signal.Signals]:
+    """Those that ask a program to end, without SIGHUP where nohup has it ignored."""
+    return [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
 
 def _nothing() -> None:

@@ -26,6 +26,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.files import sync_dir, write_at
 from coordinator.model_format import FilePlan, ModelError, export_plan, model_plan, narrow, read_header
 from midge.tasks.base import State
 from midge.tasks.flatten import check_counters, layout_of, state_to_vector, vector_to_state
@@ -63,10 +64,10 @@ class ModelWriter:
         self._path, self._fd = _open_temporary(directory)
         try:
             os.posix_fallocate(self._fd, 0, self._plan.size_bytes)
-            _write_at(self._fd, self._plan.header, 0)
+            write_at(self._fd, self._plan.header, 0)
             for spec, start, stop in layout.integers():
                 buffer = np.array(counters[start:stop], dtype=np.dtype(spec.dtype).newbyteorder("<"))
-                _write_at(self._fd, buffer.tobytes(), self._plan.offsets[spec.name])
+                write_at(self._fd, buffer.tobytes(), self._plan.offsets[spec.name])
         except BaseException:
             self.abort()
             raise
@@ -92,7 +93,7 @@ class ModelWriter:
                 f"expected float32[n] within 0 to {self._layout.num_elements}"
             )
         body = np.ascontiguousarray(elements, dtype=_FLOAT32_LE).data.cast("B")
-        _write_at(self._fd, body, self._plan.floats_start + start_element * ELEMENT_BYTES)
+        write_at(self._fd, body, self._plan.floats_start + start_element * ELEMENT_BYTES)
         with self._lock:
             self._num_written += len(elements)
 
@@ -105,7 +106,7 @@ class ModelWriter:
         digest = _digest(self._fd, self._plan, self._layout, self._counters)
         os.fsync(self._fd)
         self._path.replace(_model_path(self._directory, digest))
-        _sync_dir(self._directory)
+        sync_dir(self._directory)
         os.close(self._fd)
         self._fd = -1
         return digest
@@ -246,8 +247,8 @@ class ModelStore:
             plan = export_plan(model.layout)
             temporary, fd = _open_temporary(path.parent)
             try:
-                _write_at(fd, plan.header, 0)
-                _export_tensors(model, lambda body, name, done: _write_at(fd, body, plan.offsets[name] + done))
+                write_at(fd, plan.header, 0)
+                _export_tensors(model, lambda body, name, done: write_at(fd, body, plan.offsets[name] + done))
                 os.fsync(fd)
                 temporary.replace(path)
             except BaseException:
@@ -289,12 +290,6 @@ def _digest(fd: int, plan: FilePlan, layout: Layout, counters: Sequence[int]) ->
     return hasher.hexdigest()
 
 
-def _write_at(fd: int, body: bytes | memoryview, offset: int) -> None:
-    done = os.pwrite(fd, body, offset)
-    while done < len(body):
-        done += os.pwrite(fd, memoryview(body)[done:], offset + done)
-
-
 def _open_temporary(directory: Path) -> tuple[Path, int]:
     path = directory / f".{secrets.token_hex(8)}.tmp"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -307,11 +302,3 @@ def _remove_leftovers(directory: Path) -> None:
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where a live process still writes it
             path.unlink()
-
-
-def _sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

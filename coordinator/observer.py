@@ -130,7 +130,9 @@ class Watch:
                 self._round_ended(note)
             case ev.AgentSpoke(agent_id, state, fraction, reason, detail):
                 view = self._agent(agent_id)
-                view.activity, view.fraction, view.detail = state, fraction, detail
+                # Who took its invitation fetches the model first; "accepted" is said of updates here.
+                view.activity = "fetching" if state == "accepted" else state
+                view.fraction, view.detail = fraction, detail
                 if state == "refused":
                     self._metrics.refusal(run, reason)
                     fields = {"run": run, "round": board.round_num, "agent": agent_id}

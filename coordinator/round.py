@@ -383,7 +383,7 @@ class Round:
         return []
 
     def _apply_to_member(self, member: _Member, event: Event) -> list[Command]:
-        done = member.state in (MemberState.REPORTED, MemberState.REJECTED)
+        done = member.state in (MemberState.REPORTED, MemberState.REJECTED, MemberState.REFUSED)
         match event:
             case UpdateAccepted():
                 member.state = MemberState.REPORTED
@@ -391,7 +391,7 @@ class Round:
                 member.left_at = self.now
             case UpdateRejected(_, reason):
                 self._fail(member, MemberState.REJECTED, reason, self.now)
-            case AgentAccepted() if not done and member.state is not MemberState.REFUSED:
+            case AgentAccepted() if not done:
                 member.state = MemberState.ACCEPTED
                 member.resend_at = math.inf
                 member.reason = ""

@@ -2,36 +2,22 @@
 
 It is a log. Each round of a run has one segment, `<dir>/<run_id>/<round_num>.spool`, to which records are only ever
 appended; frames come in any order, from all agents at once, and `sync` makes all that came since the last one durable with
-a single `fdatasync`. What is stored is found again by an index in memory, which opening a segment rebuilds from its records.
-
-A record, little-endian, starts at a multiple of 8 bytes:
-
-    offset  size  field
-         0     4  magic, "MSP1"
-         4     1  kind: 1 a frame, 2 "forget all before this of the agent and content tag"
-         5     1  zero
-         6     2  length of the agent id
-         8     4  length of the frame; 0 in a record of kind 2
-        12    32  SHA-256 of the frame's body; in a record of kind 2 the content tag and zeros
-        44     8  sum of the squares of the frame's delta, float64
-        52     4  CRC-32 of the 52 bytes before it and of the agent id
-        56     .  agent id, then zeros up to a multiple of 8
-         .     .  the frame as it came (midge/wire/frames.py): its body, 40 bytes on, is aligned for float64
-         .     .  zeros up to a multiple of 8
+a single `fdatasync`. What is stored is found again by an index in memory, which opening a segment rebuilds from its records
+(spool_format.py has their form).
 
 **Recovery.** A process that dies while it appends leaves a torn record at the end; after a power failure, anything that was
 not synced may be missing or zero. Opening reads every record: one whose own header is damaged ends the log, and what
 follows is cut off; one whose frame is damaged is skipped. Neither loses more than a resend, since an agent keeps its update
 until it has a receipt.
 
-**Growth.** Beyond its first 2 MiB a segment grows by 2 MiB of zeros at a time, into which records are then written. That is
-for the reader: pages that one large write made lie together in memory, and a map of them costs a tenth of the page faults
-(aggregation measured 1.6 times faster); pages of many small writes do not.
+**Growth.** Beyond its first MiB a segment grows by a MiB of zeros at a time, into which records are then written. That is
+for the reader: pages that one large write made lie together in memory, and mapping them takes a tenth of the page faults
+that pages of many small writes do (aggregation measured 1.5 times faster, appending no slower).
 
 **Reading** is by position, so threads read while one thread appends. `read_into` copies; `load_rows` reads through a memory
-map, which measured a fifth faster in aggregation, and gives the map's pages back after every 64 MiB, so that memory does not
-grow with the segment. A map turns a failing disk into a signal that ends the process; but opening has just read every byte,
-and reports such a disk as an `OSError`.
+map, which measured a quarter faster in aggregation, and gives the map's pages back after every 64 MiB, so that memory does not
+grow with the segment. A map turns a failing disk into a signal that ends the process; but what is read was just written, or
+read when the segment was opened, and both report such a disk as an `OSError`.
 """
 
 from __future__ import annotations
@@ -39,10 +25,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import struct
 import sys
 import threading
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,19 +35,23 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from midge.wire.codecs import FLOAT32
+from coordinator.files import sync_dir
+from coordinator.spool_format import (
+    FORGET,
+    FRAME,
+    HEAD_BYTES,
+    MAX_NAME_BYTES,
+    Record,
+    check_float32,
+    decode_head,
+    encode_head,
+)
 from midge.wire.errors import FrameError
-from midge.wire.frames import ELEMENT_BYTES, HEADER_BYTES, Frame, decode_frame
+from midge.wire.frames import ELEMENT_BYTES, Frame, decode_frame
 from midge.wire.identifiers import check_identifier
 
-_FIELDS = struct.Struct("<4sBxHI32sd")
-_CHECKSUM = struct.Struct("<I")
-_RECORD_BYTES = _FIELDS.size + _CHECKSUM.size
-_MAGIC = b"MSP1"
-_FRAME, _FORGET = 1, 2
-_ALIGNMENT = 8
-_EXTENT_BYTES = 2 * 1024 * 1024
-_MAX_RESIDENT_EXTENTS = 32
+_EXTENT_BYTES = 1024 * 1024
+_MAX_RESIDENT_EXTENTS = 64
 _LARGEST_FRAME = 2**24 * ELEMENT_BYTES + HEADER_BYTES
 _FLOAT32_LE = np.dtype("<f4")
 _NOTHING: Mapping[int, StoredFrame] = MappingProxyType({})
@@ -95,22 +83,6 @@ class Recovery:
     truncated_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """A record's header, and where its parts lie in the segment."""
-
-    kind: int
-    agent_id: str
-    body_digest: bytes
-    delta_sum_squares: float
-    frame_start: int
-    frame_stop: int
-
-    @property
-    def stop(self) -> int:
-        return self.frame_stop + -self.frame_stop % _ALIGNMENT
-
-
 class RoundSpool:
     """The frames of one round. One thread appends, forgets and syncs; any may read.
 
@@ -139,7 +111,7 @@ class RoundSpool:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if created:
-                _sync_dir(path.parent)
+                sync_dir(path.parent)
             else:
                 self._recover()
         except BaseException:
@@ -185,18 +157,18 @@ class RoundSpool:
             OSError: it could not be written; the segment is as before.
         """
         frame = decode_frame(encoded) if frame is None else frame
-        _check_float32(frame)
+        check_float32(frame)
         key = (agent_id, bytes(frame.content_tag))
         if frame.index in self._frames.get(key, _NOTHING):
             return False
-        record = self._write(_FRAME, agent_id, encoded, body_digest, delta_sum_squares)
+        record = self._write(FRAME, agent_id, encoded, body_digest, delta_sum_squares)
         self._remember(record, frame)
         return True
 
     def forget(self, agent_id: str, content_tag: bytes) -> None:
         """Treat all frames of this update as never stored, from now on and after a restart. Their bytes stay in the log."""
         if self._frames.pop((agent_id, content_tag), None) is not None:
-            self._write(_FORGET, agent_id, b"", content_tag, 0.0)
+            self._write(FORGET, agent_id, b"", content_tag, 0.0)
 
     def sync(self) -> None:
         """Make all that was appended durable: one `fdatasync`, and none if nothing was.
@@ -265,13 +237,8 @@ class RoundSpool:
 
     def _write(
         self, kind: int, agent_id: str, encoded: bytes | memoryview, digest: bytes, sum_squares: float
-    ) -> _Record:
-        name = agent_id.encode()
-        fields = _FIELDS.pack(_MAGIC, kind, len(name), len(encoded), digest, sum_squares)
-        head = b"".join((fields, _CHECKSUM.pack(zlib.crc32(name, zlib.crc32(fields))), name))
-        head += bytes(-len(head) % _ALIGNMENT)
-        frame_start = self._end + len(head)
-        record = _Record(kind, agent_id, digest, sum_squares, frame_start, frame_start + len(encoded))
+    ) -> Record:
+        head, record = encode_head(self._end, kind, agent_id, digest, sum_squares, len(encoded))
         self._write_all([head, encoded, bytes(record.stop - record.frame_stop)], record.stop - self._end)
         self._end = record.stop
         return record
@@ -302,10 +269,11 @@ class RoundSpool:
             extent += os.pwrite(self._fd, bytes(_EXTENT_BYTES - extent % _EXTENT_BYTES), extent)
         self._grown = max(self._grown, extent)
 
-    def _remember(self, record: _Record, frame: Frame) -> None:
+    def _remember(self, record: Record, frame: Frame) -> None:
         frames = self._frames.setdefault((record.agent_id, bytes(frame.content_tag)), {})
-        offset = record.frame_start + HEADER_BYTES
-        frames[frame.index] = StoredFrame(offset, frame.num_elements, record.body_digest, record.delta_sum_squares)
+        frames[frame.index] = StoredFrame(
+            record.body_start, frame.num_elements, record.digest, record.delta_sum_squares
+        )
 
     def _recover(self) -> None:
         size_bytes = os.fstat(self._fd).st_size
@@ -326,29 +294,19 @@ class RoundSpool:
             return rest_bytes
         return len(os.pread(self._fd, rest_bytes, self._end).rstrip(b"\0"))
 
-    def _read_record(self, start: int, size_bytes: int) -> _Record | None:
+    def _read_record(self, start: int, size_bytes: int) -> Record | None:
         """The record at `start`; None where the log ends, whole or torn."""
-        head = os.pread(self._fd, _RECORD_BYTES, start)
-        if len(head) < _RECORD_BYTES:
-            return None
-        magic, kind, name_bytes, frame_bytes, digest, sum_squares = _FIELDS.unpack_from(head)
-        name = os.pread(self._fd, name_bytes, start + _RECORD_BYTES)
-        (expected,) = _CHECKSUM.unpack_from(head, _FIELDS.size)
-        if magic != _MAGIC or zlib.crc32(name, zlib.crc32(head[: _FIELDS.size])) != expected:
-            return None
-        frame_start = start + _RECORD_BYTES + name_bytes
-        frame_start += -frame_start % _ALIGNMENT
-        record = _Record(kind, name.decode(), digest, sum_squares, frame_start, frame_start + frame_bytes)
-        return record if record.stop <= size_bytes and frame_bytes <= _LARGEST_FRAME else None
+        record = decode_head(start, os.pread(self._fd, HEAD_BYTES + MAX_NAME_BYTES, start))
+        return record if record is not None and record.stop <= size_bytes else None
 
-    def _replay(self, record: _Record) -> bool:
+    def _replay(self, record: Record) -> bool:
         """Take up a record in the index; false where its frame is damaged."""
-        if record.kind == _FORGET:
-            self._frames.pop((record.agent_id, record.body_digest[:8]), None)
+        if record.kind == FORGET:
+            self._frames.pop((record.agent_id, record.digest[:8]), None)
             return True
         try:
             frame = decode_frame(os.pread(self._fd, record.frame_stop - record.frame_start, record.frame_start))
-            _check_float32(frame)
+            check_float32(frame)
         except FrameError:
             return False
         self._remember(record, frame)
@@ -377,7 +335,7 @@ class Spool:
             run_dir = self.path / run_id
             if not run_dir.exists():
                 run_dir.mkdir()
-                _sync_dir(self.path)
+                sync_dir(self.path)
             self._open[key] = RoundSpool(run_dir / f"{round_num:d}.spool")
         return self._open[key]
 
@@ -408,19 +366,3 @@ class Spool:
         for segment in self._open.values():
             segment.close()
         self._open.clear()
-
-
-def _check_float32(frame: Frame) -> None:
-    if frame.codec != FLOAT32 or len(frame.body) != frame.num_elements * ELEMENT_BYTES:
-        raise FrameError(
-            f"frame {frame.index}: codec {frame.codec}, {len(frame.body)} bytes for {frame.num_elements} elements: "
-            f"the spool stores codec {FLOAT32}, float32, of {ELEMENT_BYTES} bytes an element"
-        )
-
-
-def _sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -6,6 +6,10 @@ stays at or below `TOTAL_CREDIT`, which any broker's queue holds. An acknowledge
 can be lost, doubled or late without harm. It is due after a quarter of the credit, after a short silence, and whenever
 the agent sends its header again, which is how an agent asks.
 
+Credit is first shared among those that are invited, so that none need ask; then each acknowledgement moves an agent
+towards an equal part among those that have announced an update. One that has more gives some up as soon as another asks in
+vain, so that no slow or silent agent starves the rest.
+
 An update counts as received only when its header and all of its frames are here and stored. This file is pure: it holds
 digests and counts, never elements.
 """
@@ -102,13 +106,16 @@ class Uplink:
         self._free = TOTAL_CREDIT
 
     def invite(self, agent_ids: Iterable[str]) -> None:
-        """Expect updates of these agents, and share what credit is free among them. Inviting one again changes nothing."""
-        new = [agent_id for agent_id in agent_ids if agent_id not in self.transfers]
-        if not new:
+        """Expect updates of these agents, and share what credit is free among those that have none.
+
+        Inviting one again changes nothing else.
+        """
+        without = [agent_id for agent_id in agent_ids if not self.credit(agent_id)]
+        if not without:
             return
-        share = min(self._free // len(new), self.framing.num_frames)
-        for agent_id in new:
-            self.transfers[agent_id] = Transfer(agent_id, share)
+        share = min(self._free // len(without), self.framing.num_frames)
+        for agent_id in without:
+            self.transfers.setdefault(agent_id, Transfer(agent_id, 0)).credit = share
             self._free -= share
 
     def credit(self, agent_id: str) -> int:
@@ -127,9 +134,8 @@ class Uplink:
             transfer.low = 0
         transfer.header = header
         self._advance(transfer)
-        if transfer.credit == 0:
-            self._grant(transfer)
-        transfer.due_at = now
+        self._reclaim(transfer, now)
+        transfer.due_at = now  # its acknowledgement raises the credit
         return transfer
 
     def verdict(self, agent_id: str, tag: bytes, index: int, num_elements: int) -> Verdict:
@@ -195,32 +201,58 @@ class Uplink:
         if transfer is None:
             return
         self._free += transfer.credit
+        unused, share = self._free, self._share()
         for waiting in self.transfers.values():
-            if waiting.credit == 0 and waiting.header is not None and self._free:
-                self._grant(waiting)
+            if unused <= 0:
+                return
+            if waiting.credit == 0 and waiting.header is not None:
                 waiting.due_at = now
+                unused -= share
 
     def acknowledgements(self, now: float) -> list[Acknowledgement]:
         """What is due by `now`; each is returned once."""
-        due = []
-        for transfer in self.transfers.values():
-            if transfer.due_at > now:
-                continue
+        due = [transfer for transfer in self.transfers.values() if transfer.due_at <= now]
+        self._grant(due)
+        acknowledgements = []
+        for transfer in due:
             transfer.due_at = math.inf
             transfer.unacknowledged = 0
             missing = transfer.missing(self.framing.num_frames)
-            due.append(Acknowledgement(transfer.agent_id, missing, transfer.credit, transfer.header is None))
-        return due
+            is_unannounced = transfer.header is None
+            acknowledgements.append(Acknowledgement(transfer.agent_id, missing, transfer.credit, is_unannounced))
+        return acknowledgements
 
     def deadline(self) -> float:
         """When the next acknowledgement is due."""
         return min((transfer.due_at for transfer in self.transfers.values()), default=math.inf)
 
-    def _grant(self, transfer: Transfer) -> None:
-        others = sum(1 for other in self.transfers.values() if other.credit == 0 and other.header is not None)
-        share = min(max(1, self._free // max(1, others)), self.framing.num_frames, self._free)
-        transfer.credit += share
-        self._free -= share
+    def _share(self) -> int:
+        """An equal part of all credit, among those that have announced an update."""
+        num_announced = sum(1 for transfer in self.transfers.values() if transfer.header is not None)
+        return min(max(1, TOTAL_CREDIT // max(1, num_announced)), self.framing.num_frames)
+
+    def _grant(self, transfers: list[Transfer]) -> None:
+        """Raise the credit of those that announced an update towards an equal share, as far as there is free credit."""
+        below = [transfer for transfer in transfers if transfer.header is not None]
+        share = self._share() if below else 0
+        for transfer in sorted(below, key=lambda transfer: transfer.credit):
+            granted = min(max(0, share - transfer.credit), self._free)
+            transfer.credit += granted
+            self._free -= granted
+
+    def _reclaim(self, asking: Transfer, now: float) -> None:
+        """Where there is too little free credit for one that asks, take it from those that have more than their share."""
+        share = self._share()
+        wanted = share - asking.credit - self._free
+        for transfer in self.transfers.values():
+            if wanted <= 0:
+                return
+            taken = min(transfer.credit - share, wanted)
+            if transfer.header is not None and taken > 0:
+                transfer.credit -= taken
+                transfer.due_at = now
+                self._free += taken
+                wanted -= taken
 
     def _advance(self, transfer: Transfer) -> None:
         while transfer.low in transfer.frames:

@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 it failed, 2 wrong use or configuration.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,8 @@ def _common(command: Any) -> Any:
 
 @main.command()
 @_common
-def run(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None:
+@click.option("--while-stdin-open", is_flag=True, help="Stop when standard input ends: for a program that starts agents.")
+def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool, **options: Any) -> None:
     """Join a federation and train whenever invited, until stopped.
 
     \b
@@ -79,7 +83,10 @@ def run(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
     from edge_agent.service import Service  # noqa: PLC0415
 
     try:
-        Service(settings, address).run()
+        service = Service(settings, address)
+        if while_stdin_open:
+            threading.Thread(target=_stop_after_stdin, args=(service.stop,), name="stdin", daemon=True).start()
+        service.run()
     except JournalError as error:
         _fail(str(error), 2)
 
@@ -106,10 +113,15 @@ def doctor(file: Path | None, assignments: tuple[str, ...], timeout_s: float, **
     sys.exit(0 if is_well else 1)
 
 
+def _stop_after_stdin(stop: Callable[[], None]) -> None:
+    # Not through sys.stdin: a thread that waits in it holds its lock, which the interpreter needs to end.
+    while os.read(0, 4096):
+        pass
+    stop()
+
+
 def _load(file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> tuple[Settings, Address]:
     """The settings, and the broker's address with its credentials; ends the program where they are wrong."""
-    import os  # noqa: PLC0415
-
     options = {key: value for key, value in options.items() if value not in (None, ())}
     try:
         settings = load_settings(file=file, environ=os.environ, options=options, assignments=assignments)

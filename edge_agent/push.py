@@ -68,7 +68,8 @@ class Push:
             self._outstanding.clear()
         else:
             self._outstanding = {index for index in self._outstanding if self._lacks(index)}
-        self._patience_s = _FIRST_PATIENCE_S
+        if credit:  # without any, it waits in line: the back-off goes on
+            self._patience_s = _FIRST_PATIENCE_S
         self._ask_at = now + self._jittered()
 
     def ask(self, now: float) -> bool:

@@ -146,6 +146,27 @@ def explain_disconnect(code: int, name: str, address: Address, client_id: str) -
     return Failure(Kind.LOST, f"{address}: the broker ended the connection: {name} (reason code {code})")
 
 
+def explain_end(code: int, error: OSError | None, address: Address, *, accepted: bool) -> Failure:
+    """Why a connection ended without a word from the broker.
+
+    Args:
+        code: what it amounts to, as a reason code.
+        error: what the socket raised, if it did.
+        address: where to.
+        accepted: whether the broker had taken the connection.
+    """
+    hint = "" if address.uses_tls else ": is this its port for connections without TLS?"
+    if not accepted and code == Reason.PROTOCOL_ERROR:  # also a CONNACK of 3.1.1 that refuses the version
+        return Failure(Kind.WRONG_VERSION, f"{address}: the answer to CONNECT is of another version, or not MQTT{hint}")
+    if not accepted and not isinstance(error, ssl.SSLError):
+        return Failure(Kind.NO_ANSWER, f"{address}: closed without an answer to CONNECT{hint}")
+    if error is not None:
+        return explain_error(error, address)
+    if code == Reason.KEEP_ALIVE_TIMEOUT:
+        return Failure(Kind.LOST, f"{address}: no answer to a ping: network or broker is down")
+    return Failure(Kind.LOST, f"{address}: connection lost")
+
+
 def _explain_tls(error: ssl.SSLError, address: Address) -> Failure:
     detail = (getattr(error, "reason", None) or str(error)).upper()
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -4,13 +4,11 @@ paho is driven through its documented interface for an external loop: the networ
 epoll or kqueue, so that the number of descriptors has no limit) and calls `loop_read`, `loop_write` and `loop_misc`. Since
 `on_socket_register_write` is set, paho never writes from a call to `publish`; and no other thread calls paho at all.
 
-Three things that paho 2.2 leaves to its caller are done here:
+Two things that paho leaves to its caller are done here, others in quirks.py:
 
 * It ignores the limits in CONNACK. `Connected` carries the packet limit, and the window keeps to Receive Maximum.
 * Its `loop_misc` ends a connection whose PINGRESP was not read in time. While reading pauses, or a backlog is being read,
   the ping is written here instead.
-* Over a WebSocket, a packet that the socket takes in part is forgotten, and the next one is damaged (`_packet_write`
-  expects `send` to raise BlockingIOError, and gets 0).
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import os
 import random
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,13 +38,15 @@ from midge.transport.failures import (
     Failure,
     Kind,
     LinkError,
-    Reason,
     explain_disconnect,
+    explain_end,
     explain_error,
     explain_refusal,
 )
 from midge.transport.link import PublishRequest, Request, SubscribeRequest, UnsubscribeRequest
 from midge.transport.network import EventSink, NetworkThread
+from midge.transport.quirks import error_logger, send_again
+from midge.transport.tls import tls_context
 from midge.transport.versions import Version, Versions
 
 MAX_IN_FLIGHT = 64
@@ -164,7 +165,7 @@ class _PahoLink:
         self._tokens: dict[int, int] = {}
         self._subscriptions: dict[int, tuple[str, ...]] = {}
         self._write_wanted = False
-        self._looked_at = 0.0
+        self._looked_at = time.monotonic()
         self._client = self._make_client()
 
     # What the network thread asks for.
@@ -173,7 +174,7 @@ class _PahoLink:
         """Connect, and return the socket's descriptor. See `Link`, as for all that follows."""
         settings = self._settings
         if self._address.uses_tls:
-            self._client.tls_set_context(_tls_context(self._address))
+            self._client.tls_set_context(tls_context(self._address))
         options: dict[str, Any] = {}
         if self._version == "5":
             options = {"clean_start": self._clean_start, "properties": _connect_properties(settings)}
@@ -186,6 +187,7 @@ class _PahoLink:
             hint = ": does it speak TLS on this port?" if self._address.uses_tls else ""
             reason = f"{self._address}: the broker closed the connection while it was opened{hint}"
             raise LinkError(Failure(Kind.LOST, reason)) from error
+        self._looked_at = time.monotonic()
         opened = self._client.socket()
         if opened is None:
             raise LinkError(self.failure or Failure(Kind.LOST, f"{self._address}: the socket closed at once"))
@@ -260,8 +262,8 @@ class _PahoLink:
         )
         client.connect_timeout = _CONNECT_TIMEOUT_S
         client.max_inflight_messages = 0  # no limit of paho's: `has_room` keeps the window
-        client.suppress_exceptions = True  # of callbacks: they come to `_ErrorLog` instead of up through the thread
-        client.enable_logger(_error_logger(self._on_error))
+        client.suppress_exceptions = True  # of callbacks: they come to `_on_error` instead of up through the thread
+        client.enable_logger(error_logger(self._on_error))
         if self._address.username is not None:
             client.username_pw_set(self._address.username, self._address.password)
         if self._address.uses_websocket:
@@ -309,12 +311,10 @@ class _PahoLink:
     # What paho calls.
 
     def _on_socket_open(self, _client: Client, _userdata: object, opened: Any) -> None:
-        with socket.socket(
-            fileno=os.dup(opened.fileno())
-        ) as twin:  # whatever wraps the socket, the option is set on it
+        with socket.socket(fileno=os.dup(opened.fileno())) as twin:  # `opened` may be wrapped, and the option is shared
             twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._address.uses_websocket:
-            opened.send = _all_or_nothing(opened.send)
+            opened.send = send_again(opened.send)
 
     def _on_register_write(self, _client: Client, _userdata: object, _opened: object) -> None:
         self._write_wanted = True
@@ -349,20 +349,8 @@ class _PahoLink:
             return
         if flags.is_disconnect_packet_from_server:
             self.failure = explain_disconnect(code.value, str(code), self._address, self._settings.client_id)
-        elif self.accepted is None and code.value == Reason.PROTOCOL_ERROR:
-            # Also how paho ends on a CONNACK of 3.1.1 that refuses the version, which it does not hand out.
-            hint = "" if self._address.uses_tls else ", or not its port for connections without TLS"
-            reason = f"{self._address}: the answer to CONNECT cannot be read: another version of MQTT{hint}"
-            self.failure = Failure(Kind.WRONG_VERSION, reason)
-        elif self.accepted is None and not isinstance(self._error, ssl.SSLError):
-            hint = "" if self._address.uses_tls else ": is this its port for connections without TLS?"
-            self.failure = Failure(Kind.NO_ANSWER, f"{self._address}: closed without an answer to CONNECT{hint}")
-        elif self._error is not None:
-            self.failure = explain_error(self._error, self._address)
-        elif code.value == Reason.KEEP_ALIVE_TIMEOUT:
-            self.failure = Failure(Kind.LOST, f"{self._address}: no answer to a ping: network or broker is down")
         else:
-            self.failure = Failure(Kind.LOST, f"{self._address}: connection lost")
+            self.failure = explain_end(code.value, self._error, self._address, accepted=self.accepted is not None)
 
     def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         try:
@@ -391,36 +379,6 @@ class _PahoLink:
             self._emit(SubscriptionDenied(denied), 0)
 
 
-class _ErrorLog(logging.Handler):
-    """Hands over the errors that paho logs, with the exception behind each."""
-
-    def __init__(self, on_error: Callable[[BaseException | None, str], None]) -> None:
-        super().__init__()
-        self._on_error = on_error
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = next((value for value in record.args or () if isinstance(value, BaseException)), None)
-        self._on_error(error, record.getMessage())
-
-
-def _error_logger(on_error: Callable[[BaseException | None, str], None]) -> logging.Logger:
-    logger = logging.Logger("paho", level=logging.ERROR)  # noqa: LOG001  # of one connection, not of the process
-    logger.addHandler(_ErrorLog(on_error))
-    return logger
-
-
-def _all_or_nothing(send: Callable[[Any], int]) -> Callable[[Any], int]:
-    """The `send` of paho's WebSocket, made to say that it must be called again as a socket says it."""
-
-    def send_whole(data: Any) -> int:
-        sent = send(data)
-        if sent == 0 and data:
-            raise BlockingIOError
-        return sent
-
-    return send_whole
-
-
 def _connect_properties(settings: _Settings) -> Properties:
     return _properties(
         PacketTypes.CONNECT,
@@ -445,19 +403,6 @@ def _lacking(properties: Properties | None) -> str:
         "WildcardSubscriptionAvailable": "wildcards",
     }
     return " and no ".join(name for key, name in needed.items() if getattr(properties, key, 1) == 0)
-
-
-def _tls_context(address: Address) -> ssl.SSLContext:
-    """Made anew for each connection, so that renewed certificates are taken up."""
-    try:
-        context = ssl.create_default_context(cafile=address.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if address.cert_file is not None:
-            context.load_cert_chain(address.cert_file, address.key_file, password=lambda: "")  # never ask a terminal
-    except OSError as error:
-        reason = f"{address}: {error}: check ca_file, cert_file and key_file (PEM, the key not encrypted)"
-        raise LinkError(Failure(Kind.FATAL, reason)) from error
-    return context
 
 
 def _shown(request: Request) -> str:

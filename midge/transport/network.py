@@ -37,6 +37,8 @@ LASTING_S = 30.0
 """A connection that lived this long was a good one: the next wait is a short one again."""
 NUM_SHORT_LIVED = 3
 """After so many in a row that did not, a likely cause is named."""
+MAX_PACKET_BYTES = 2**28 + 4
+"""The largest packet that MQTT can express."""
 STUCK_S = 60.0
 """A thread that has not come round for this long is stuck."""
 
@@ -142,8 +144,8 @@ class NetworkThread(ABC):
         with self._lock:
             if self._online is None:
                 return 0
-            limit = self._online.packet_limit_bytes
-            if limit is not None and size > limit:
+            limit = self._online.packet_limit_bytes or MAX_PACKET_BYTES
+            if size > limit:
                 advice = "send smaller frames, or raise the limit on the broker (max_packet_size)"
                 raise PacketTooLargeError(f"{topic}: packet of {size} bytes, the broker takes {limit}: {advice}")
             self._last_token = token = self._last_token + 1
@@ -187,7 +189,9 @@ class NetworkThread(ABC):
             except Exception:  # noqa: BLE001  # the thread outlives every bug
                 log_event(log, logging.ERROR, "network thread recovered", exc_info=True)
                 failure = Failure(Kind.LOST, "internal error")
-            self._stop_requested.wait(self._backoff.next_wait_s(failure.kind))
+            wait_s = self._backoff.next_wait_s(failure.kind)
+            self._turned_at = time.monotonic() + wait_s
+            self._stop_requested.wait(wait_s)
         self._release()
 
     def _release(self) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from midge.wire.frames import decode_frame, encode_frame, run_tag
 TAG = bytes(range(8))
 OTHER_TAG = bytes(8)
 RECORD_BYTES = 56
-EXTENT = 2 * 1024 * 1024
+EXTENT = 1024 * 1024
 
 
 def frame_of(index, values, tag=TAG, codec=FLOAT32, num_elements=None):
@@ -214,7 +215,7 @@ def test_many_appends_cost_one_sync_and_nothing_costs_none(spool, monkeypatch):
 
 def test_a_new_segment_has_a_durable_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
     Spool(tmp_path / "spool").round("run-a", 1).close()
     assert synced == [str(tmp_path / "spool"), str(tmp_path / "spool" / "run-a")]
 
@@ -253,19 +254,19 @@ def test_a_write_that_is_cut_short_is_finished(spool, monkeypatch, reopened):
     assert read(reopened(spool), "pi-1", 0) == [1, 2, 3]
 
 
-def test_a_segment_beyond_2_mib_grows_in_extents_and_is_recovered_to_its_end(spool, path, reopened):
-    values = np.arange(100_000, dtype=np.float32)  # 400 kB: the sixth record crosses 2 MiB
-    for index in range(5):
+def test_a_segment_beyond_1_mib_grows_in_extents_and_is_recovered_to_its_end(spool, path, reopened):
+    values = np.arange(100_000, dtype=np.float32)  # 400 kB: the third record crosses 1 MiB
+    for index in range(2):
         put(spool, "pi-1", index, values)
     assert path.stat().st_size == spool.size_bytes < EXTENT
-    put(spool, "pi-1", 5, values)
+    put(spool, "pi-1", 2, values)
     assert EXTENT < spool.size_bytes < path.stat().st_size == 2 * EXTENT
     size_bytes = spool.size_bytes
     again = reopened(spool)
-    assert again.recovery == Recovery(num_frames=6)
+    assert again.recovery == Recovery(num_frames=3)
     assert again.size_bytes == path.stat().st_size == size_bytes
-    put(again, "pi-1", 6, values)
-    assert all(read(again, "pi-1", index) == values.tolist() for index in range(7))
+    put(again, "pi-1", 3, values)
+    assert all(read(again, "pi-1", index) == values.tolist() for index in range(4))
 
 
 def test_a_frame_larger_than_an_extent_fits(spool, reopened):

@@ -1,0 +1,185 @@
+"""The coordinator's state directory in memory: what outlives its process. Store, spool and models are as the driver wants
+them, and as `coordinator.resume` and `coordinator.retention` read them.
+
+Every operation calls `tick` before and after, where a test may kill the process. What the store saved is durable at once; what
+the spool was given is durable once it was synced: `MemorySpool.lose_power` takes away some of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from coordinator import run_events as ev
+from coordinator.round import MemberState, RoundState
+from coordinator.store import AgentRow
+from coordinator.uplink import FrameFacts
+from midge.wire.frames import Frame, content_tag
+from tests.sim.learning import Model
+
+
+class MemoryStore:
+    """The database of one run."""
+
+    def __init__(self, tick: Callable[[], None], saved: Callable[[ev.Save], None]) -> None:
+        self.epoch = 0
+        self.row: dict[str, Any] = {"state": "preparing", "frame_elements": 0, "best_round": None, "best_value": None}
+        self.version_rows: list[dict[str, Any]] = []
+        self.attempt_rows: dict[tuple[int, int], tuple[RoundState, dict[str, MemberState]]] = {}
+        self.update_rows: dict[tuple[int, str], ev.AcceptedUpdate] = {}
+        self.tally_rows: dict[tuple[str, str], int] = {}
+        self.agent_rows: dict[str, AgentRow] = {}
+        self._tick = tick
+        self._saved = saved
+
+    # As the driver writes it.
+
+    def raise_epoch(self, above: int = 0) -> int:
+        """See `coordinator.store.Store`; so do all that follow."""
+        self._tick()
+        self.epoch = max(self.epoch, above) + 1
+        self._tick()
+        return self.epoch
+
+    def set_framing(self, frame_elements: int) -> None:
+        self._tick()
+        self.row["frame_elements"] = frame_elements
+        self._tick()
+
+    def save(self, run_id: str, saves: Iterable[ev.Save], agents: Iterable[AgentRow]) -> None:
+        self._tick()
+        for save in saves:
+            self._save(save)
+            self._saved(save)
+        for agent in agents:
+            self.agent_rows[agent.agent_id] = agent
+        self._tick()
+
+    def _save(self, save: ev.Save) -> None:
+        match save:
+            case ev.SaveRun():
+                self.row |= {"state": save.state, "best_round": save.best_round, "best_value": save.best_value}
+                self.row["reason"] = save.reason
+            case ev.SaveAttempt():
+                self.attempt_rows[save.round_num, save.attempt] = (save.state, dict(save.members))
+            case ev.SaveUpdate(round_num, update):
+                self.update_rows[round_num, update.agent_id] = update
+            case ev.SaveVersion():
+                row = {"round_num": save.round_num, "digest": save.digest, "parent": save.parent}
+                self.version_rows.append(row | {"central": None, "federated": None})
+            case ev.SaveEvaluation(round_num, source, score):
+                self.version_rows[round_num][source] = score
+            case ev.SaveTallies(tallies):
+                self.tally_rows |= tallies
+
+    def prune(self, run_id: str, keep_from_round: int) -> None:
+        self._tick()
+        self.update_rows = {key: row for key, row in self.update_rows.items() if key[0] >= keep_from_round}
+        self.attempt_rows = {key: row for key, row in self.attempt_rows.items() if key[0] >= keep_from_round - 1}
+
+    # As `resume` and `Retention` read it.
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        return self.row
+
+    def versions(self, run_id: str) -> list[dict[str, Any]]:
+        return self.version_rows
+
+    def last_attempt(self, run_id: str, round_num: int) -> tuple[int, RoundState, dict[str, MemberState]] | None:
+        numbers = [attempt for number, attempt in self.attempt_rows if number == round_num]
+        return (max(numbers), *self.attempt_rows[round_num, max(numbers)]) if numbers else None
+
+    def updates(self, run_id: str, round_num: int) -> list[ev.AcceptedUpdate]:
+        return [row for (number, _), row in sorted(self.update_rows.items()) if number == round_num]
+
+    def tallies(self, run_id: str) -> dict[tuple[str, str], int]:
+        return dict(self.tally_rows)
+
+    def lone_digest(self, run_id: str, round_num: int, *, kept_from: int) -> str | None:
+        digest = self.version_rows[round_num]["digest"] if 0 <= round_num < len(self.version_rows) else None
+        shared = [row for row in self.version_rows if row["digest"] == digest and row["round_num"] >= kept_from]
+        return None if shared else digest
+
+
+_Key = tuple[int, str, bytes]
+
+
+class MemorySpool:
+    """The frames of the rounds at hand."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self._tick = tick
+        self._frames: dict[_Key, dict[int, tuple[FrameFacts, bytes]]] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._frames.values()))
+
+    # As the driver uses it.
+
+    def store(self, round_num: int, agent_id: str, payload: bytes, frame: Frame, facts: FrameFacts) -> None:
+        """See `coordinator.driver.SpoolLike`; so do all that follow."""
+        self._tick()
+        frames = self._frames.setdefault((round_num, agent_id, bytes(frame.content_tag)), {})
+        if frame.index not in frames:
+            frames[frame.index] = (facts, bytes(frame.body))
+            self._undo.append(lambda: frames.pop(frame.index, None) and None)
+
+    def stored(self, round_num: int, agent_id: str, tag: bytes) -> Mapping[int, FrameFacts]:
+        return {index: facts for index, (facts, _) in self._frames.get((round_num, agent_id, tag), {}).items()}
+
+    def forget(self, round_num: int, agent_id: str, tag: bytes) -> None:
+        self._tick()
+        forgotten = self._frames.pop((round_num, agent_id, tag), None)
+        if forgotten is not None:
+            self._undo.append(lambda: self._frames.update({(round_num, agent_id, tag): forgotten}))
+
+    def sync(self) -> None:
+        self._tick()
+        self._undo.clear()
+        self._tick()
+
+    # As the simulation does.
+
+    def prune(self, run_id: str, keep_from_round: int) -> None:
+        """Forget earlier rounds."""
+        self._frames = {key: frames for key, frames in self._frames.items() if key[0] >= keep_from_round}
+        self._undo.clear()
+
+    def elements(self, round_num: int, update: ev.AcceptedUpdate, num_frames: int) -> np.ndarray[Any, Any]:
+        """The elements of an update whose frames are all there."""
+        frames = self._frames[round_num, update.agent_id, content_tag(update.update_digest)]
+        return np.frombuffer(b"".join(frames[index][1] for index in range(num_frames)), "<f4")
+
+    def lose_power(self, num_kept: int) -> None:
+        """Of what was not synced, only the first `num_kept` operations were done."""
+        for undo in reversed(self._undo[num_kept:]):
+            undo()
+        self._undo.clear()
+
+
+class MemoryModels:
+    """The models by digest."""
+
+    def __init__(self, check: Callable[[Model], None]) -> None:
+        self._models: dict[str, Model] = {}
+        self._check = check
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def save(self, model: Model) -> str:
+        """Keep a model."""
+        self._check(model)
+        self._models[model.digest] = model
+        return model.digest
+
+    def open(self, digest: str) -> Model:
+        """See `coordinator.models.ModelStore`."""
+        return self._models[digest]
+
+    def delete(self, digest: str) -> None:
+        """See `coordinator.models.ModelStore`."""
+        self._models.pop(digest, None)
