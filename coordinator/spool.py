@@ -52,7 +52,6 @@ from midge.wire.identifiers import check_identifier
 
 _EXTENT_BYTES = 1024 * 1024
 _MAX_RESIDENT_EXTENTS = 64
-_LARGEST_FRAME = 2**24 * ELEMENT_BYTES + HEADER_BYTES
 _FLOAT32_LE = np.dtype("<f4")
 _NOTHING: Mapping[int, StoredFrame] = MappingProxyType({})
 

@@ -34,7 +34,7 @@ FORGET = 2
 _FIELDS = struct.Struct("<4sBxHI32sd")
 _CHECKSUM = struct.Struct("<I")
 HEAD_BYTES = _FIELDS.size + _CHECKSUM.size
-MAX_NAME_BYTES = 2**16 - 1
+MAX_NAME_BYTES = 64
 _MAGIC = b"MSP1"
 _ALIGNMENT = 8
 _LARGEST_FRAME = 2**24 * ELEMENT_BYTES + HEADER_BYTES
@@ -76,6 +76,8 @@ def encode_head(
 ) -> tuple[bytes, Record]:
     """What comes before the frame in a record at `start`, and the record."""
     name = agent_id.encode()
+    if len(name) > MAX_NAME_BYTES:
+        raise ValueError(f"agent id of {len(name)} bytes: expected an identifier, of at most {MAX_NAME_BYTES}")
     fields = _FIELDS.pack(_MAGIC, kind, len(name), frame_bytes, digest, delta_sum_squares)
     head = b"".join((fields, _CHECKSUM.pack(zlib.crc32(name, zlib.crc32(fields))), name))
     head += bytes(-len(head) % _ALIGNMENT)

@@ -65,7 +65,9 @@ def _common(command: Any) -> Any:
 
 @main.command()
 @_common
-@click.option("--while-stdin-open", is_flag=True, help="Stop when standard input ends: for a program that starts agents.")
+@click.option(
+    "--while-stdin-open", is_flag=True, help="Stop when standard input ends: for a program that starts agents."
+)
 def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool, **options: Any) -> None:
     """Join a federation and train whenever invited, until stopped.
 

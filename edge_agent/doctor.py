@@ -85,7 +85,9 @@ def _examine_broker(settings: Settings, address: Address, timeout_s: float) -> I
     try:
         opened = _first(queue, (Connected, Disconnected), timeout_s)
         if not isinstance(opened, Connected):
-            reason = opened.reason if isinstance(opened, Disconnected) else f"{address}: no answer within {timeout_s:g} s"
+            reason = (
+                opened.reason if isinstance(opened, Disconnected) else f"{address}: no answer within {timeout_s:g} s"
+            )
             yield Finding("broker", is_well=False, text=reason)
             return
         limit = f", packets up to {opened.packet_limit_bytes} bytes" if opened.packet_limit_bytes else ""

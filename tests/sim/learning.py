@@ -81,7 +81,9 @@ def initial_model(seed: int, num_elements: int) -> Model:
     return Model(layout_of(num_elements), (0,), noise(f"initial/{seed}", num_elements))
 
 
-def train(base_digest: str, elements: NDArray[np.float32], counters: tuple[int, ...], address: tuple[int, int, str]) -> Trained:
+def train(
+    base_digest: str, elements: NDArray[np.float32], counters: tuple[int, ...], address: tuple[int, int, str]
+) -> Trained:
     """What agent `address[2]` makes of these elements, by (seed, round, agent)."""
     seed, round_num, agent_id = address
     delta = noise(f"{seed}/{round_num}/{agent_id}", len(elements))
@@ -118,7 +120,9 @@ def evaluate(elements: NDArray[np.float32], num_examples: int) -> Evaluation:
     return Evaluation(num_examples=num_examples, loss=loss, metrics={"accuracy": 1.0 / (1.0 + loss)})
 
 
-def package(trained: Trained, layout: Layout, framing: Framing, run_id: str, score: Evaluation) -> tuple[FinishedUpdate, list[bytes]]:
+def package(
+    trained: Trained, layout: Layout, framing: Framing, run_id: str, score: Evaluation
+) -> tuple[FinishedUpdate, list[bytes]]:
     """An update as it lies on an agent's disk: its header, and its frames as they are sent."""
     spans = [framing.span(index) for index in range(framing.num_frames)]
     bodies = [encode_float32(trained.elements[start:stop]) for start, stop in spans]

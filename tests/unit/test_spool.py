@@ -293,6 +293,12 @@ def test_what_is_no_float32_frame_is_refused(spool, encoded, message):
     assert spool.size_bytes == 0
 
 
+def test_a_name_that_is_no_identifier_is_our_bug(spool):
+    with pytest.raises(ValueError, match="agent id of 65 bytes: expected an identifier, of at most 64"):
+        put(spool, "x" * 65, 0, [1])
+    assert spool.size_bytes == 0
+
+
 def test_a_frame_that_was_decoded_already_is_not_decoded_again(spool, monkeypatch):
     encoded = frame_of(0, [1, 2])
     frame = decode_frame(encoded)
