@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from midge.wire.errors import LayoutError
 from midge.wire.layout import Layout
 from midge.wire.messages import RejectReason, UpdateHeader
 
@@ -28,7 +29,7 @@ class Gates:
     Attributes:
         layout: of the run's model; an update's must be equal.
         num_frames: that every update has.
-        max_examples: an update may claim at most this many.
+        max_examples: an update may claim at most this many, of training and of evaluation.
         norm_bound: largest L2 norm of a delta; 0 for no bound.
     """
 
@@ -54,8 +55,15 @@ class Gates:
             return Rejection("num_frames", f"{header.num_frames} frames, the run has {self.num_frames}")
         if not 1 <= header.num_examples <= self.max_examples:
             return Rejection("num_examples", f"{header.num_examples} examples, expected 1 to {self.max_examples}")
-        if len(header.counters) != self.layout.num_counters:
-            return Rejection("counters", f"{len(header.counters)} counters, the layout has {self.layout.num_counters}")
+        num_evaluated = 1 if header.evaluation is None else header.evaluation.num_examples
+        if num_evaluated > self.max_examples:  # it is the weight of the agent's word on which version is best
+            return Rejection(
+                "num_examples", f"evaluated on {num_evaluated} examples, expected 1 to {self.max_examples}"
+            )
+        try:
+            self.layout.check_counters(header.counters)
+        except LayoutError as error:
+            return Rejection("counters", str(error))
         return None
 
     def check_update(self, header: UpdateHeader, digest: str, norm: float) -> Rejection | None:

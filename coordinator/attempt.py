@@ -119,6 +119,7 @@ class Attempt:
         self.tallies = tallies
         self.began_at = self.phase_began_at = round_machine.now
         self._gates = gates
+        self._is_selecting = round_machine.state is RoundState.SELECTING
         self._run_tag = run_tag(config.run_id)
         self._rejections: dict[str, Rejection] = {}
 
@@ -133,7 +134,7 @@ class Attempt:
     def renew(self, epoch: int, now: float) -> list[Output]:
         """This coordinator has a higher epoch now: invite again whoever is still awaited."""
         self.address = self.address._replace(epoch=epoch)
-        return self._invite(self.round.awaited, now)
+        return self._invite(self.round.awaited, now) if self.round.state is RoundState.COLLECTING else []
 
     def deadline(self) -> float:
         """When time alone changes something."""
@@ -173,7 +174,7 @@ class Attempt:
         if agent_id not in self.round.members:
             return self._reject(agent_id, header, Rejection("identity", "was not invited to this round"), now)
         if self.round.members[agent_id] is MemberState.REPORTED:
-            return [self._settle(agent_id, "duplicate"), self._accept_receipt(agent_id)]
+            return [self._settle(agent_id, "duplicate"), self._answer_again(agent_id, header)]
         if agent_id in self._rejections:
             receipt = self._reject_receipt(agent_id, header, self._rejections[agent_id])
             return [self._settle(agent_id, "duplicate"), receipt]
@@ -225,12 +226,14 @@ class Attempt:
         self.uplink.offer(event.header, event.agent_id, event.stored, now)
         if known is None:
             return []
-        same = known.update_digest == event.header.update_digest
-        return [self._settle(event.agent_id, "duplicate" if same else "late", "" if same else "replaced")]
+        if known.update_digest == event.header.update_digest:
+            return [self._settle(event.agent_id, "duplicate")]
+        return self._replace(event.agent_id, known)
 
     def _judge(self, agent_id: str, now: float) -> list[Output]:
         """Decide about an update once it is complete."""
-        header = self.uplink.transfers[agent_id].header
+        transfer = self.uplink.transfers.get(agent_id)
+        header = None if transfer is None else transfer.header
         if header is None or not self.uplink.is_complete(agent_id):
             return []
         norm = self.uplink.norm(agent_id)
@@ -263,26 +266,28 @@ class Attempt:
         outputs: list[Output] = [self._reject_receipt(agent_id, header, rejection)]
         if agent_id in self.round.members:
             self._rejections[agent_id] = rejection
-            outputs += self._replaced_by(agent_id, header, now)
+            outputs += self._end_transfer(agent_id, header, now)
         outputs.append(self._settle(agent_id, "rejected", rejection.reason, rejection.detail))
         if self.round.is_open_to(agent_id):
             outputs += self.step(rounds.UpdateRejected(agent_id, rejection.reason), now)
         return outputs
 
-    def _replaced_by(self, agent_id: str, header: UpdateHeader, now: float) -> list[Output]:
-        """End the transfer under way; one of another update than `header`'s is late."""
+    def _end_transfer(self, agent_id: str, header: UpdateHeader, now: float) -> list[Output]:
+        """End the transfer under way, if there is one; it may be of another update than the one of `header`."""
         transfer = self.uplink.transfers.get(agent_id)
-        if transfer is None:
-            return []
-        known = transfer.header
+        known = None if transfer is None else transfer.header
         self.uplink.end(agent_id, now)
-        if known is None or known is header:
-            return []
-        return [self._settle(agent_id, "late", "replaced")]
+        return [] if known is None or known is header else self._replace(agent_id, known)
+
+    def _replace(self, agent_id: str, known: UpdateHeader) -> list[Output]:
+        """An update gives way to another: it is late, and its frames must not fill the disk."""
+        return [ev.ForgetFrames(agent_id, known.update_digest), self._settle(agent_id, "late", "replaced")]
 
     def _on_stale_offer(self, agent_id: str, header: UpdateHeader, now: float) -> list[Output]:
         """It belongs to another attempt, epoch, round or run: tell its sender what became of it, so that it stops asking."""
         address = address_of(header)
+        if address.epoch > self.address.epoch:
+            return [self._settle(agent_id, "late", "stale"), *turn_away(agent_id, header, self.address.epoch)]
         same_round = address.run_id == self.address.run_id and address.round_num == self.address.round_num
         known = self.accepted.get(agent_id)
         if same_round and known is not None and known.update_digest == header.update_digest:
@@ -291,15 +296,15 @@ class Attempt:
         note = self._settle(agent_id, "late", "stale")
         if same_round and self.round.is_open_to(agent_id):
             return [note, *self._invite((agent_id,), now)]  # it does not know of our new epoch, or of the new attempt
-        return [note, cancel(agent_id, address)]
+        return [note, *turn_away(agent_id, header, self.address.epoch)]
 
-    def _drop_transfer(self, agent_id: str, now: float) -> list[Output]:
+    def _drop_transfer(self, agent_id: str, now: float, reason: str = "closed") -> list[Output]:
         """End a transfer; an update that was announced and did not make it is late."""
         transfer = self.uplink.transfers.get(agent_id)
         if transfer is None:
             return []
         self.uplink.end(agent_id, now)
-        return [] if transfer.header is None else [self._settle(agent_id, "late", "closed")]
+        return [] if transfer.header is None else [self._settle(agent_id, "late", reason)]
 
     def _settle(self, agent_id: str, outcome: str, reason: str = "", detail: str = "") -> ev.UpdateSettled:
         self.tallies.add(outcome, reason)
@@ -308,6 +313,12 @@ class Attempt:
     def _accept_receipt(self, agent_id: str) -> ev.Send:
         digest = self.accepted[agent_id].update_digest
         return ev.Send(agent_id, self.address.on(Receipt, update_digest=digest, accepted=True))
+
+    def _answer_again(self, agent_id: str, header: UpdateHeader) -> ev.Send:
+        """What an agent is told whose update counts already: that it does, or that another one of it does."""
+        if header.update_digest == self.accepted[agent_id].update_digest:
+            return self._accept_receipt(agent_id)
+        return cancel(agent_id, self.address, "closed")
 
     def _reject_receipt(self, agent_id: str, header: UpdateHeader, rejection: Rejection) -> ev.Send:
         receipt = address_of(header).on(
@@ -327,6 +338,9 @@ class Attempt:
             match command:
                 case rounds.Invite(agent_ids):
                     outputs += self._invite(agent_ids, now)
+                case rounds.Release(agent_ids):
+                    for agent_id in agent_ids:
+                        outputs += self._drop_transfer(agent_id, now, "lost")
                 case rounds.Dismiss(agent_ids):
                     for agent_id in agent_ids:
                         outputs += self._drop_transfer(agent_id, now)
@@ -343,7 +357,8 @@ class Attempt:
 
     def _invite(self, agent_ids: Sequence[str], now: float) -> list[Output]:
         outputs: list[Output] = []
-        if not self.uplink.transfers and not self.accepted:
+        if self._is_selecting:
+            self._is_selecting = False
             outputs.append(self._phase_ended("selecting", now))
         fresh = [agent_id for agent_id in agent_ids if agent_id not in self.accepted]
         self.uplink.invite(fresh)
@@ -383,3 +398,8 @@ class Attempt:
 def cancel(agent_id: str, address: Address, reason: str = "late") -> ev.Send:
     """Tell an agent that this work is not wanted any more."""
     return ev.Send(agent_id, address.on(Cancel, reason=reason))
+
+
+def turn_away(agent_id: str, header: UpdateHeader, epoch: int, reason: str = "late") -> list[ev.Send]:
+    """Tell an agent that its update is not wanted; one that works for a newer coordinator than ours is left to that."""
+    return [] if header.epoch > epoch else [cancel(agent_id, address_of(header), reason)]

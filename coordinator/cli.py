@@ -185,12 +185,16 @@ def export(run_id: str, which: str, path: Path, state_dir: Path) -> None:
 @main.command()
 @click.option("--rounds", type=click.IntRange(1, 1000), default=30, show_default=True, help="Rounds of the federation.")
 @click.option(
-    "--agents", "num_agents", type=click.IntRange(1, 10), default=3, show_default=True, help="Agent processes."
+    "--agents", "num_agents", type=click.IntRange(2, 10), default=3, show_default=True, help="Agent processes."
 )
 @click.option("--out", type=click.Path(path_type=Path), default="midge-demo", show_default=True, help="For the report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
-@click.option("--broker", metavar="URL", help="Use this broker instead of starting one.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice.")
+@click.option(
+    "--broker",
+    metavar="URL|mosquitto|embedded",
+    help="Use this broker, or start that one [default: Mosquitto where it is installed, else the embedded one].",
+)
+@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of every random choice.")
 def demo(rounds: int, num_agents: int, out: Path, as_json: bool, broker: str | None, seed: int) -> None:
     """Watch label-skewed agents learn together what none of them can learn alone.
 
@@ -202,6 +206,9 @@ def demo(rounds: int, num_agents: int, out: Path, as_json: bool, broker: str | N
       coordinator demo
       coordinator demo --rounds 10 --agents 5 --out /tmp/demo --json
     """
+    from coordinator.interrupts import exit_at_once  # noqa: PLC0415
+
+    exit_at_once()  # on Ctrl-C; the demonstration, once it is imported, ends with more care
     from coordinator import demo as demonstration  # noqa: PLC0415
 
     sys.exit(demonstration.run(rounds, num_agents, out, as_json=as_json, broker=broker, seed=seed))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 SEL_PROB = 1.0
@@ -42,7 +43,7 @@ def deal_labels(num_agents: int) -> list[tuple[int, ...]]:
     """
     labels = [*range(1, 10), 0]
     cuts = [index * len(labels) // num_agents for index in range(num_agents + 1)]
-    return [tuple(labels[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [tuple(labels[start:stop]) for start, stop in pairwise(cuts)]
 
 
 class Agents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from statistics import median
 from types import TracebackType
 from typing import Self
@@ -13,15 +14,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.board import AgentView, Board, RoundView, Shared
+from coordinator.board import AgentView, Board, Shared
 
 _REFRESH_S = 0.1
+_MAX_AGENTS = 12
 _SPARKS = "▁▂▃▄▅▆▇█"
+_NUM_SPARKS = 30
 _STYLES = {
+    "fetching": "blue",
     "training": "cyan",
     "uploading": "blue",
-    "accepted": "cyan",
+    "accepted": "green",
     "invited": "dim",
+    "idle": "dim",
     "offline": "red",
     "lost": "red",
     "refused": "yellow",
@@ -37,16 +42,31 @@ class Display:
         shared: the board.
         console: where to draw.
         title: above it all.
+        captions: what to show beside an agent's id.
+        below: gives what to draw below the board.
+        transient: whether the view vanishes at the end.
     """
 
-    def __init__(self, shared: Shared, console: Console, title: str = "") -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        console: Console,
+        title: str = "",
+        *,
+        captions: Mapping[str, str] | None = None,
+        below: Callable[[], RenderableType] | None = None,
+        transient: bool = False,
+    ) -> None:
         self._shared = shared
         self._title = title
-        self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._captions = captions or {}
+        self._below = below
+        self._live = Live(console=console, auto_refresh=False, transient=transient)
         self._drawn_at = 0.0
 
     def __enter__(self) -> Self:
         self._live.start()
+        self._draw()
         return self
 
     def __exit__(
@@ -63,21 +83,18 @@ class Display:
     def _draw(self) -> None:
         self._drawn_at = time.monotonic()
         with self._shared.lock:
-            view = render(self._shared.board, self._title)
-        self._live.update(view, refresh=True)
+            view = render(self._shared.board, self._title, self._captions)
+        self._live.update(view if self._below is None else Group(view, self._below()), refresh=True)
 
 
-def render(board: Board, title: str = "") -> RenderableType:
+def render(board: Board, title: str = "", captions: Mapping[str, str] | None = None) -> RenderableType:
     """The board as something rich can draw."""
     done = max(board.history, default=0)
-    header = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=max(board.rounds, 1), completed=done, width=36)
-    header.add_row(Text("rounds", style="bold"), bar, f"{done}/{board.rounds}", _time_left(board, done))
-    parts: list[RenderableType] = [Text(title, style="bold")] if title else []
+    parts: list[RenderableType] = [Text(title, style="bold"), ""] if title else []
     parts += [
-        header,
+        progress_row("rounds", done, board.rounds, _time_left(board, done)),
         _scores(board),
-        _agents(board),
+        _agents(board, captions or {}),
         Text(board.status, style="dim", overflow="ellipsis", no_wrap=True),
     ]
     if not board.is_connected and board.broker_problem:
@@ -87,35 +104,56 @@ def render(board: Board, title: str = "") -> RenderableType:
     return Group(*parts)
 
 
+def progress_row(name: str, done: int, total: int, beside: str, width: int = 0) -> RenderableType:
+    """A line with a bar, the name `width` characters wide."""
+    row = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=max(total, 1), completed=done, width=30)
+    row.add_row(Text(name.ljust(width), style="bold"), bar, f"{done}/{total}", beside)
+    return row
+
+
+def sparkline(values: list[float]) -> str:
+    """The latest values as bars of eight heights, from the least to the greatest of them."""
+    shown = values[-_NUM_SPARKS:]
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(_SPARKS[min(int((value - low) / span * len(_SPARKS)), len(_SPARKS) - 1)] for value in shown)
+
+
 def _scores(board: Board) -> RenderableType:
-    scored = [view for view in board.history.values() if view.score is not None]
+    scored = [view.score for view in board.history.values() if view.score is not None]
     if not scored:
         return Text("no evaluation yet", style="dim")
-    last = scored[-1].score
-    assert last is not None
-    accuracy = last.metrics.get("accuracy")
-    text = Text(f"loss {last.loss:.4f}")
-    if accuracy is not None:
-        text = Text(f"accuracy {accuracy:.1%}  ", style="bold green") + text
-        values = [view.score.metrics["accuracy"] for view in scored if view.score and "accuracy" in view.score.metrics]
-        text += Text("  " + _spark(values[-40:]), style="green")
+    accuracies = [score.metrics["accuracy"] for score in scored if "accuracy" in score.metrics]
+    text = Text(overflow="ellipsis", no_wrap=True)
+    if "accuracy" in scored[-1].metrics:
+        text.append(f"accuracy {accuracies[-1]:.1%} ", "bold green").append(sparkline(accuracies), "green").append("  ")
+    text.append(f"loss {scored[-1].loss:.4f}")
     if board.best_value is not None:
-        text += Text(f"  best {board.best_value:.4f} in round {board.best_round}", style="dim")
+        text.append(f"  best {board.best_value:.4f} in round {board.best_round}", "dim")
     return text
 
 
-def _agents(board: Board) -> RenderableType:
+def _agents(board: Board, captions: Mapping[str, str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    shown = sorted(board.agents.values(), key=lambda agent: agent.agent_id)
-    for agent in shown[:12]:
-        table.add_row(agent.agent_id, _doing(agent), _bar(agent), Text(agent.detail[:60], style="dim"))
-    if len(shown) > 12:
-        table.add_row(f"and {len(shown) - 12} more", "", "", "")
+    shown = sorted(board.agents.values(), key=lambda agent: _natural(agent.agent_id))
+    for agent in shown[:_MAX_AGENTS]:
+        caption = Text(captions.get(agent.agent_id, ""), style="dim")
+        table.add_row(agent.agent_id, caption, _doing(agent), _bar(agent), Text(agent.detail[:60], style="dim"))
+    if len(shown) > _MAX_AGENTS:
+        table.add_row(f"and {len(shown) - _MAX_AGENTS} more", "", "", "", "")
     return table
 
 
+def _natural(name: str) -> tuple[int, str]:
+    """agent-10 comes after agent-9."""
+    return len(name), name
+
+
 def _doing(agent: AgentView) -> Text:
-    return Text(_WORDS.get(agent.activity, agent.activity), style=_STYLES.get(agent.activity, ""))
+    # As wide as the longest, so that the bars beside it stand still.
+    width = max(map(len, _WORDS.values()))
+    return Text(_WORDS.get(agent.activity, agent.activity).ljust(width), style=_STYLES.get(agent.activity, ""))
 
 
 def _bar(agent: AgentView) -> RenderableType:
@@ -124,17 +162,11 @@ def _bar(agent: AgentView) -> RenderableType:
     return ProgressBar(total=1.0, completed=agent.fraction, width=16)
 
 
-def _spark(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    return "".join(_SPARKS[min(int((value - low) / span * len(_SPARKS)), len(_SPARKS) - 1)] for value in values)
-
-
 def _time_left(board: Board, done: int) -> str:
-    durations = [
-        view.duration_s for view in list(board.history.values())[-5:] if isinstance(view, RoundView) and view.round_num
-    ]
+    durations = [view.duration_s for view in board.history.values() if view.round_num > 0]
     if not durations or done >= board.rounds:
         return ""
-    left_s = (board.rounds - done) * median(durations)
-    return f"about {left_s:.0f} s left" if left_s < 120 else f"about {left_s / 60:.0f} min left"
+    # In the first round agents start their trainers, so it says little about those to come, but that they are shorter.
+    word, typical_s = ("about", median(durations[1:][-5:])) if len(durations) > 1 else ("at most", durations[0])
+    left_s = (board.rounds - done) * typical_s
+    return f"{word} {left_s:.0f} s left" if left_s < 120 else f"{word} {left_s / 60:.0f} min left"

@@ -340,7 +340,11 @@ class Driver:
             self.step(ev.FleetMoved(agent_id, change), now)
 
     def _on_coordinator(self, status: CoordinatorStatus, *, retained: bool) -> None:
-        if status.instance == self._instance or status.epoch < self.epoch:
+        if status.instance == self._instance:
+            return
+        if status.epoch < self.epoch:
+            if not status.online:  # the will of an earlier coordinator came late, and says that there is none
+                self._publish_status(online=True)
             return
         if status.online and not retained:
             raise SupersededError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from midge.tasks.process import serve
 from midge.tasks.registry import find_task
 from midge.wire.messages import Evaluation
 
+_LARGEST_METRIC = 1e300
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Request).decode
 
@@ -51,9 +51,9 @@ class EvaluationWorker:
             return msg.Evaluated(request=request.request, score=None)
         with models.open(request.digest) as model:
             score = task.evaluate(model.state(), self._test_data)
-        if not math.isfinite(score.loss):
+        if not abs(score.loss) <= _LARGEST_METRIC:
             raise ValueError(f"loss is {score.loss}: the model diverged; lower learning_rate")
-        metrics = {name: float(value) for name, value in score.metrics.items() if math.isfinite(value)}
+        metrics = {name: float(value) for name, value in score.metrics.items() if abs(value) <= _LARGEST_METRIC}
         evaluation = Evaluation(num_examples=score.num_examples, loss=float(score.loss), metrics=metrics)
         return msg.Evaluated(request=request.request, score=evaluation)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 import uvicorn
-from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -27,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.board import Shared
-from coordinator.metrics import render
+from coordinator.metrics import CollectorRegistry, render
 from coordinator.store import Store
 from midge.log import log_event
 

@@ -30,6 +30,8 @@ from prometheus_client.registry import Collector
 from midge import PROTOCOL, __version__
 from midge.wire.messages import RefusalReason, RejectReason
 
+__all__ = ["SYS_TOPICS", "CollectorRegistry", "Metrics", "render"]
+
 RoundOutcome = Literal["committed", "abandoned"]
 Phase = Literal["selecting", "collecting", "aggregating", "evaluating", "publishing"]
 AgentState = Literal["online", "silent", "offline"]

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from coordinator import round_events as rounds
 from coordinator import run_events as ev
 from coordinator.admission import Gates
-from coordinator.attempt import Attempt, Output, Tallies, address_of, cancel
+from coordinator.attempt import Attempt, Output, Tallies, turn_away
 from coordinator.cohort import Change, Fleet
 from coordinator.round import MemberState, Round, RoundState
 from coordinator.run_config import RunConfig
@@ -160,6 +160,7 @@ class Run:
         commands += [ev.EvaluateModel(round_num, digest) for round_num, digest in self._evaluating.items()]
         if self.attempt is not None:
             commands += self._take(self.attempt.resume(self.now))
+            commands += self._to_round(rounds.FleetChanged(self._available()))
         return self._finish_step(commands, before)
 
     def step(self, event: ev.Event, now: float) -> list[ev.Command]:
@@ -168,7 +169,7 @@ class Run:
         if self.state in FINAL:
             return self._after_the_end(event)
         before = self.state
-        commands = self._settle()
+        commands = self._settle() + self._go_on()
         if self.state not in FINAL:
             commands += self._apply(event)
         return self._finish_step(commands, before)
@@ -176,7 +177,9 @@ class Run:
     def raise_epoch(self, epoch: int) -> list[ev.Command]:
         """This coordinator has a higher epoch now: agents that still work are told."""
         self.epoch = epoch
-        return self._take(self.attempt.renew(epoch, self.now)) if self.attempt is not None else []
+        if self.attempt is None or self.state in FINAL:
+            return []
+        return self._take(self.attempt.renew(epoch, self.now))
 
     def deadline(self) -> float:
         """When time alone changes something; infinity where it never does."""
@@ -185,7 +188,7 @@ class Run:
         times = [self._pause_until if self._pause_until > self.now else math.inf]
         if self.attempt is not None:
             times.append(self.attempt.deadline())
-        if not self._started:
+        if self._may_fail_to_start():
             times.append(self._starts_by)
         if self._wants_agents():
             times.append(self._roll_call_at)
@@ -263,7 +266,8 @@ class Run:
             case ev.BrokerConnected():
                 self._connected = True
                 self._forget_publication()
-                self._roll_call_at = self.now
+                self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
+                return [ev.CallRoll()]  # whatever the run does: nobody is known to be here any more
             case ev.BrokerLost():
                 self._connected = False
                 self._forget_publication()
@@ -297,10 +301,12 @@ class Run:
         return [ev.PhaseEnded(round_num, "publishing", duration_s)]
 
     def _on_fleet(self, agent_id: str, change: Change) -> list[ev.Command]:
-        commands = self._to_round(rounds.FleetChanged(self._available()))
+        if self.attempt is None:
+            return []
+        changed = rounds.FleetChanged(self._available())
         if change is Change.LEFT:
-            return commands + self._to_round(rounds.AgentLost(agent_id))
-        return commands + self._to_round(rounds.AgentReturned(agent_id))
+            return self._to_round(changed) + self._to_round(rounds.AgentLost(agent_id))
+        return self._to_round(rounds.AgentReturned(agent_id)) + self._to_round(changed)
 
     def _on_offer(self, event: ev.UpdateOffered) -> list[ev.Command]:
         self.tallies.add("received")
@@ -309,7 +315,7 @@ class Run:
             return [received, *self._take(self.attempt.on_offer(event, self.now))]
         self.tallies.add("late", "stale")
         late = ev.UpdateSettled(event.agent_id, "late", "stale")
-        return [received, late, cancel(event.agent_id, address_of(event.header))]
+        return [received, late, *turn_away(event.agent_id, event.header, self.epoch)]
 
     def _on_evaluated(self, event: ev.ModelEvaluated) -> list[ev.Command]:
         self._evaluating.pop(event.round_num, None)
@@ -439,7 +445,7 @@ class Run:
 
     def _improve(self, round_num: int, score: Evaluation) -> None:
         value = score.loss if self.config.best_metric == "loss" else score.metrics.get(self.config.best_metric)
-        if value is None:
+        if value is None or not math.isfinite(value):
             return
         sign = 1 if self.config.best_is_max else -1
         if self.best is None or sign * value > sign * self.best[1]:
@@ -450,19 +456,29 @@ class Run:
     def _settle(self) -> list[ev.Command]:
         """Apply what the passing of time decides, before an event is looked at."""
         commands = self._to_round(rounds.TimePassed())
-        if not self._started and self.now >= self._starts_by and self.state is RunState.WAITING:
-            came = f"{self.num_available} of {self.config.round.minimum} agents came"
+        if self._may_fail_to_start() and self.now >= self._starts_by:
             within = f"within {self.config.start_deadline_s:g} s"
-            self._end(RunState.FAILED, f"{came} {within}; start more agents, or lower min_agents")
+            came = f"{self.num_available} of {self.config.round.minimum} agents came {within}"
+            cure = "start more agents, or lower min_agents" if self._connected else "the broker cannot be reached"
+            self._end(RunState.FAILED, f"{came}; {cure}")
         return commands
 
-    def _finish_step(self, commands: list[ev.Command], before: RunState) -> list[ev.Command]:
-        """Go as far as possible without another event, then add what must be acknowledged and persisted."""
+    def _may_fail_to_start(self) -> bool:
+        return not self._started and self.state is RunState.WAITING
+
+    def _go_on(self) -> list[ev.Command]:
+        """Go as far as possible without another event."""
+        commands: list[ev.Command] = []
         while self.state not in FINAL:
             self.state, more = self._advance()
             commands += more
             if not more:
                 break
+        return commands
+
+    def _finish_step(self, commands: list[ev.Command], before: RunState) -> list[ev.Command]:
+        """Go as far as possible without another event, then add what must be acknowledged and persisted."""
+        commands += self._go_on()
         if self.state not in FINAL and self._wants_agents() and self.now >= self._roll_call_at:
             self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
             commands.append(ev.CallRoll())
@@ -504,7 +520,7 @@ class Run:
     def _after_the_end(self, event: ev.Event) -> list[ev.Command]:
         """Agents that have not heard of the end are told that their work is not wanted."""
         if isinstance(event, ev.UpdateOffered) and self.state is not RunState.STOPPED:
-            return [cancel(event.agent_id, address_of(event.header), "run_ended")]
+            return [*turn_away(event.agent_id, event.header, self.epoch, "run_ended")]
         return []
 
     def _save_attempt(self) -> list[ev.Command]:

@@ -27,11 +27,3 @@ class RunConfig:
     evaluate: bool = True
     best_metric: str = "accuracy"
     best_is_max: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A version of the model."""
-
-    round_num: int
-    digest: str

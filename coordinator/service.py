@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from coordinator import run_events as ev
 from coordinator.board import Board, Shared
 from coordinator.compute import Compute, Computed
@@ -24,7 +22,7 @@ from coordinator.config import Settings, run_definition, run_fingerprint
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.http import Heart, HttpServer, make_app
-from coordinator.metrics import SYS_TOPICS, Metrics
+from coordinator.metrics import SYS_TOPICS, CollectorRegistry, Metrics
 from coordinator.models import ModelStore
 from coordinator.observer import Watch
 from coordinator.resume import resume

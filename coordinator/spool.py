@@ -313,7 +313,7 @@ class RoundSpool:
 
 
 class Spool:
-    """The segments of all rounds.
+    """The segments of all rounds. Any thread may ask for one.
 
     Args:
         path: the directory; created where it does not exist.
@@ -322,6 +322,7 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: dict[tuple[str, int], RoundSpool] = {}
+        self._lock = threading.Lock()
         path.mkdir(parents=True, exist_ok=True)
 
     def __repr__(self) -> str:
@@ -330,13 +331,14 @@ class Spool:
     def round(self, run_id: str, round_num: int) -> RoundSpool:
         """The segment of a round, created or recovered at the first call."""
         key = (check_identifier("run", run_id), round_num)
-        if key not in self._open or self._open[key].closed:
-            run_dir = self.path / run_id
-            if not run_dir.exists():
-                run_dir.mkdir()
-                sync_dir(self.path)
-            self._open[key] = RoundSpool(run_dir / f"{round_num:d}.spool")
-        return self._open[key]
+        with self._lock:
+            if key not in self._open or self._open[key].closed:
+                run_dir = self.path / run_id
+                if not run_dir.exists():
+                    run_dir.mkdir()
+                    sync_dir(self.path)
+                self._open[key] = RoundSpool(run_dir / f"{round_num:d}.spool")
+            return self._open[key]
 
     def prune(self, run_id: str, keep_from_round: int, *, other_runs: bool = False) -> int:
         """Delete the run's segments of rounds before `keep_from_round`, and if asked those of all other runs.

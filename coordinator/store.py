@@ -187,7 +187,9 @@ class Store:
         self, *, federation: str, task: str, fingerprint: str, definition: Mapping[str, Any], rounds: int
     ) -> str:
         """Add a run, and return its id: the task's name and a random part, so that no two runs anywhere share one."""
-        stem = "".join(char if char.isalnum() else "-" for char in task.rsplit(":", 1)[-1].lower()).strip("-")[:40]
+        stem = "".join(
+            char if char.isascii() and char.isalnum() else "-" for char in task.rsplit(":", 1)[-1].lower()
+        ).strip("-")[:40]
         run_id = f"{stem or 'run'}-{secrets.token_hex(3)}"
         with self._engine.begin() as connection:
             number = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_runs.c.number), 0) + 1)).scalar_one()

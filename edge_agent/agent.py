@@ -85,6 +85,7 @@ class Agent:
         self._answer_at = math.inf
         self._progress_at = -math.inf
         self._reported_state = AgentState.OFFLINE
+        self._newest: Invitation | None = None
 
     @property
     def state(self) -> AgentState:
@@ -204,10 +205,11 @@ class Agent:
         return commands
 
     def _on_coordinator(self, event: ev.CoordinatorSeen) -> list[ev.Command]:
+        if event.status.epoch < self.epoch:
+            return [ev.Stale("presence of an older coordinator")]
         came_back = event.status.online and not self._coordinator_online
         self._coordinator_online = event.status.online
-        if event.status.online:
-            self.epoch = max(self.epoch, event.status.epoch)
+        self.epoch = event.status.epoch
         if came_back and self._push is not None:
             self._push.asked(self.now)
             return [self._header()]
@@ -221,6 +223,9 @@ class Agent:
     def _on_invited(self, invitation: Invitation, objection: ev.Objection | None) -> list[ev.Command]:
         if invitation.epoch < self.epoch:
             return [ev.Stale("invitation of an older epoch")]
+        if _is_older(invitation, self._newest):
+            return [ev.Stale("invitation of an older attempt")]
+        self._newest = invitation
         self.epoch = invitation.epoch
         self._coordinator_online = True
         if self.invitation is not None and _same_work(self.invitation, invitation):
@@ -439,6 +444,13 @@ def _words(objection: ev.Objection) -> tuple[str, str]:
 def _same_work(one: Invitation, other: Invitation) -> bool:
     key = (one.run_id, one.round_num, one.model_digest, one.training, one.seed)
     return key == (other.run_id, other.round_num, other.model_digest, other.training, other.seed)
+
+
+def _is_older(invitation: Invitation, newest: Invitation | None) -> bool:
+    """Whether it is of the same run and epoch, but of an earlier attempt or round: a late delivery."""
+    if newest is None or (invitation.run_id, invitation.epoch) != (newest.run_id, newest.epoch):
+        return False
+    return (invitation.round_num, invitation.attempt) < (newest.round_num, newest.attempt)
 
 
 def _trained_for(update: ev.FinishedUpdate, invitation: Invitation) -> bool:

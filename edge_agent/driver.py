@@ -26,7 +26,7 @@ from midge.transport.base import (
     TransportEvent,
 )
 from midge.wire.errors import WireError
-from midge.wire.frames import decode_frame
+from midge.wire.frames import ELEMENT_BYTES, FLOAT32, decode_frame
 from midge.wire.messages import (
     CoordinatorStatus,
     Head,
@@ -154,7 +154,7 @@ class Driver:
         if frame.index != index or not self.agent.wants_frame(run_id, frame.index, frame.content_tag):
             return  # of the version before, left in its slot, or double: the awaited one replaces it
         head = self.agent.head
-        if head is None or frame.num_elements * 4 != len(frame.body):
+        if head is None or frame.codec != FLOAT32 or frame.num_elements * ELEMENT_BYTES != len(frame.body):
             return
         try:
             self._journal.write_frame(head, index, frame.body)

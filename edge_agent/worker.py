@@ -29,6 +29,7 @@ from midge.wire.frames import HEADER_BYTES, Framing, content_tag, encode_frame, 
 from midge.wire.layout import Layout
 from midge.wire.messages import Evaluation
 
+_LARGEST_METRIC = 1e300
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Request).decode
 
@@ -156,13 +157,15 @@ def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, sco
 
 
 def _evaluation(score: Score) -> Evaluation | None:
-    if score.num_examples < 1 or not np.isfinite(score.loss):
+    if score.num_examples < 1 or not abs(score.loss) <= _LARGEST_METRIC:
         return None
     return Evaluation(num_examples=score.num_examples, loss=float(score.loss), metrics=_finite(score.metrics))
 
 
 def _finite(metrics: Any) -> dict[str, float]:
-    return {str(name)[:64]: float(value) for name, value in list(metrics.items())[:64] if np.isfinite(value)}
+    """Those that can travel: as many, and as large, as the wire allows."""
+    fit = {str(name)[:64]: float(value) for name, value in metrics.items() if abs(value) <= _LARGEST_METRIC}
+    return dict(list(fit.items())[:64])
 
 
 def _limit(setup: msg.SetUp) -> None:

@@ -70,14 +70,6 @@ _PROTOCOLS: dict[Version, MQTTProtocolVersion] = {
 log = logging.getLogger("midge.transport")
 
 
-def packet_size_bytes(topic: str, payload: bytes, *, qos: int, expires: bool) -> int:
-    """The length of a PUBLISH packet, header included, as version 5 has it (3.1.1 needs up to 6 bytes less)."""
-    properties = 1 + (5 if expires else 0)
-    remaining = 2 + len(topic.encode()) + (2 if qos else 0) + properties + len(payload)
-    length_of_length = 1 + (remaining >= 2**7) + (remaining >= 2**14) + (remaining >= 2**21)
-    return 1 + length_of_length + remaining
-
-
 class MqttTransport(NetworkThread):
     """A connection to an MQTT broker that keeps itself up. See `midge.transport.base.Transport` for what it promises.
 
@@ -123,9 +115,6 @@ class MqttTransport(NetworkThread):
         if accepted:
             self._clean_start = False
         return self._versions.learn(failure, accepted=accepted)
-
-    def _packet_size(self, topic: str, payload: bytes, *, qos: int, expires: bool) -> int:
-        return packet_size_bytes(topic, payload, qos=qos, expires=expires)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,14 @@ from midge.log import log_event
 from midge.transport.address import Address
 from midge.transport.base import Connected, Disconnected, PacketTooLargeError, TransportEvent
 from midge.transport.failures import Backoff, Failure, Kind, LinkError, explain_error
-from midge.transport.link import Link, PublishRequest, Request, SubscribeRequest, UnsubscribeRequest
+from midge.transport.link import (
+    Link,
+    PublishRequest,
+    Request,
+    SubscribeRequest,
+    UnsubscribeRequest,
+    packet_size_bytes,
+)
 
 ANSWER_TIMEOUT_S = 10.0
 """How long a broker may take to answer a CONNECT."""
@@ -103,10 +110,6 @@ class NetworkThread(ABC):
     def _judge(self, failure: Failure, *, accepted: bool) -> Failure:
         """Learn from the end of a link that the broker had accepted or not; what is returned is reported."""
 
-    @abstractmethod
-    def _packet_size(self, topic: str, payload: bytes, *, qos: int, expires: bool) -> int:
-        """How long the packet of a message will be, in bytes."""
-
     def start(self) -> None:
         """Begin to connect; `Connected` or `Disconnected` follows. Once only."""
         self._wake_reader.setblocking(False)
@@ -140,7 +143,7 @@ class NetworkThread(ABC):
         Raises:
             PacketTooLargeError: the message is above the packet limit.
         """
-        size = self._packet_size(topic, payload, qos=qos, expires=expiry_s is not None)
+        size = packet_size_bytes(topic, payload, qos=qos, expires=expiry_s is not None)
         with self._lock:
             if self._online is None:
                 return 0
@@ -188,7 +191,8 @@ class NetworkThread(ABC):
                 failure = self._attempt()
             except Exception:  # noqa: BLE001  # the thread outlives every bug
                 log_event(log, logging.ERROR, "network thread recovered", exc_info=True)
-                failure = Failure(Kind.LOST, "internal error")
+                failure = Failure(Kind.LOST, f"{self._address}: internal error, see the log")
+                self._report(failure, was_online=True)
             wait_s = self._backoff.next_wait_s(failure.kind)
             self._turned_at = time.monotonic() + wait_s
             self._stop_requested.wait(wait_s)

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from midge.wire.errors import FrameError
+from midge.wire.frames import FLOAT32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FLOAT32 = 1
+__all__ = ["FLOAT32", "NAMES", "decode_float32", "encode_float32"]
+
 NAMES = {"float32": FLOAT32}
 
 _FLOAT32_LE = np.dtype("<f4")

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 
 from midge.wire.errors import FrameError
 
+FLOAT32 = 1
+"""The codec byte of float32 bodies; codecs.py has the table. Here, since to check it needs no numpy."""
 HEADER_BYTES = 40
 ELEMENT_BYTES = 4
 MIN_BODY_BYTES = 64 * 1024

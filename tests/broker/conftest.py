@@ -5,6 +5,8 @@ mosquitto         a running Mosquitto
 start_mosquitto   starts a Mosquitto with further lines of configuration
 free_port         a TCP port of 127.0.0.1 that nobody listens on
 peer              connects to an address and keeps what happens
+federation        coordinators and agents, as processes, over `broker`; its processes are ended
+make_federation   the same over a broker of one's own, and as many as are wanted
 scripted_broker   answers as a test says, for what no real broker can be made to say
 
 A test never skips for want of a broker: what is not installed fails.
@@ -28,6 +30,7 @@ from midge.transport import brokers
 from midge.transport.address import Address
 from midge.transport.base import Connected, MessageReceived, Published, TransportEvent
 from midge.transport.mqtt import MqttTransport
+from tests.broker.federation import Federation
 
 PATIENCE_S = 15.0
 
@@ -293,3 +296,21 @@ def peer():
     yield make
     for made in peers:
         made.stop(timeout_s=0.5)
+
+
+@pytest.fixture
+def make_federation(tmp_path):
+    made = []
+
+    def make(url, *arguments, **options) -> Federation:
+        made.append(Federation(tmp_path, url, *arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+@pytest.fixture
+def federation(broker, make_federation):
+    return make_federation(broker.url)

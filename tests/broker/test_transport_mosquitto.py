@@ -15,7 +15,8 @@ from midge.transport.base import (
     Published,
     Will,
 )
-from midge.transport.mqtt import MAX_IN_FLIGHT, packet_size_bytes
+from midge.transport.link import packet_size_bytes
+from midge.transport.mqtt import MAX_IN_FLIGHT
 
 
 def test_a_packet_above_the_brokers_limit_is_refused_here_and_one_at_it_goes_through(start_mosquitto, peer):

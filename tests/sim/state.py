@@ -14,7 +14,7 @@ import numpy as np
 
 from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
-from coordinator.store import AgentRow
+from coordinator.store import KEPT_ROUNDS, AgentRow
 from coordinator.uplink import FrameFacts
 from midge.wire.frames import Frame, content_tag
 from tests.sim.learning import Model
@@ -23,7 +23,9 @@ from tests.sim.learning import Model
 class MemoryStore:
     """The database of one run."""
 
-    def __init__(self, tick: Callable[[], None], saved: Callable[[ev.Save], None]) -> None:
+    def __init__(
+        self, tick: Callable[[], None], saved: Callable[[ev.Save], None], raised: Callable[[int], None]
+    ) -> None:
         self.epoch = 0
         self.row: dict[str, Any] = {"state": "preparing", "frame_elements": 0, "best_round": None, "best_value": None}
         self.version_rows: list[dict[str, Any]] = []
@@ -33,6 +35,7 @@ class MemoryStore:
         self.agent_rows: dict[str, AgentRow] = {}
         self._tick = tick
         self._saved = saved
+        self._raised = raised
 
     # As the driver writes it.
 
@@ -40,6 +43,7 @@ class MemoryStore:
         """See `coordinator.store.Store`; so do all that follow."""
         self._tick()
         self.epoch = max(self.epoch, above) + 1
+        self._raised(self.epoch)
         self._tick()
         return self.epoch
 
@@ -69,15 +73,13 @@ class MemoryStore:
             case ev.SaveVersion():
                 row = {"round_num": save.round_num, "digest": save.digest, "parent": save.parent}
                 self.version_rows.append(row | {"central": None, "federated": None})
+                first = save.round_num - KEPT_ROUNDS + 1
+                self.update_rows = {key: row for key, row in self.update_rows.items() if key[0] >= first}
+                self.attempt_rows = {key: row for key, row in self.attempt_rows.items() if key[0] >= first}
             case ev.SaveEvaluation(round_num, source, score):
                 self.version_rows[round_num][source] = score
             case ev.SaveTallies(tallies):
                 self.tally_rows |= tallies
-
-    def prune(self, run_id: str, keep_from_round: int) -> None:
-        self._tick()
-        self.update_rows = {key: row for key, row in self.update_rows.items() if key[0] >= keep_from_round}
-        self.attempt_rows = {key: row for key, row in self.attempt_rows.items() if key[0] >= keep_from_round - 1}
 
     # As `resume` and `Retention` read it.
 

@@ -7,7 +7,7 @@ import pytest
 
 from coordinator.config import Settings, load_settings, run_definition, run_fingerprint, training_differences
 from midge.settings import SettingsError, describe, markdown
-from midge.wire.messages import Invitation, ToAgent, TrainingConfig, decode, encode
+from midge.wire.messages import Invitation, TrainingConfig, decode_to_agent, encode
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 DEFINING = {
@@ -216,7 +216,7 @@ def test_whatever_the_limits_let_through_the_agents_can_decode(assignments):
         credit=16,
         deadline_s=settings.round_deadline_s,
     )
-    assert decode(encode(invitation), ToAgent) == invitation
+    assert decode_to_agent(encode(invitation)) == invitation
 
 
 def test_the_page_has_the_table_of_these_settings():

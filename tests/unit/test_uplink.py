@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 
 import pytest
 
 from coordinator.attempt import Address
-from coordinator.uplink import TOTAL_CREDIT, Acknowledgement, FrameFacts, Transfer, Uplink, Verdict
+from coordinator.uplink import TOTAL_CREDIT, Acknowledgement, Transfer, Uplink, Verdict
 from midge.wire.frames import Framing, content_tag
 from midge.wire.messages import MAX_RANGES
 from tests.machines import FRAMING, digest_of_update, facts, header
@@ -297,9 +296,3 @@ def test_whatever_is_missing_is_told():
         assert told >= set(range(num_frames)) - present
         if len(ranges) < MAX_RANGES:
             assert told == set(range(num_frames)) - present
-
-
-def test_a_frames_digest_is_remembered_not_its_elements():
-    body_digest = hashlib.sha256(b"body").digest()
-    assert set(FrameFacts.__slots__) == {"body_digest", "delta_sum_squares"}
-    assert FrameFacts(body_digest, 1.0).body_digest == body_digest

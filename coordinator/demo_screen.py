@@ -1,0 +1,111 @@
+"""What a person sees while the demonstration runs: a live view in a terminal, else a line a round, or nothing."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from coordinator.baselines import CENTRALIZED, SINGLE_AGENT
+from coordinator.board import Shared
+from coordinator.demo_federation import Plan
+from coordinator.display import Display, progress_row
+from coordinator.report import Round
+
+
+class Screen(Protocol):
+    """Shows how it goes on, while it is entered."""
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Show no more."""
+
+    def refresh(self) -> None:
+        """Show what the board says now; called often."""
+
+    def advanced(self, way: str, done: Round) -> None:
+        """One of the two ways that the federation is compared with did another round."""
+
+
+class LiveScreen:
+    """A view that is drawn again and again, and vanishes at the end: the report takes its place."""
+
+    def __init__(self, plan: Plan, shared: Shared, broker: str, console: Console) -> None:
+        self._num_rounds = plan.rounds
+        self._names = {SINGLE_AGENT: f"{plan.agents[0].agent_id} alone", CENTRALIZED: "all data in one place"}
+        self._done: dict[str, list[Round]] = {way: [] for way in self._names}
+        title = f"Midge: {plan.num_agents} agents learn to read digits, over MQTT ({broker})"
+        captions = {agent.agent_id: f"has {agent.shown_classes}" for agent in plan.agents}
+        self._display = Display(shared, console, title, captions=captions, below=self._comparison, transient=True)
+
+    def __enter__(self) -> Self:
+        self._display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.__exit__(kind, error, trace)
+
+    def refresh(self) -> None:
+        """See `Screen`."""
+        self._display.refresh()
+
+    def advanced(self, way: str, done: Round) -> None:
+        """See `Screen`."""
+        self._done[way].append(done)
+        self.refresh()
+
+    def _comparison(self) -> RenderableType:
+        rows: list[RenderableType] = [Text("\nthen, to compare, on the same budget of epochs:", style="dim")]
+        width = max(map(len, self._names.values()))
+        for way, done in self._done.items():
+            accuracies = [one.accuracy for one in done]
+            beside = f"{accuracies[-1]:.1%}" if accuracies else ""
+            rows.append(progress_row(self._names[way], len(done), self._num_rounds, beside, width))
+        return Group(*rows)
+
+
+class PlainScreen:
+    """Lines, for where nothing can be drawn twice: a file, or another program."""
+
+    def __init__(self, plan: Plan, shared: Shared, broker: str, console: Console) -> None:
+        self._plan = plan
+        self._shared = shared
+        self._broker = broker
+        self._console = console
+        self._last_round = -1
+
+    def __enter__(self) -> Self:
+        hands = "; ".join(f"{agent.agent_id} has {agent.shown_classes}" for agent in self._plan.agents)
+        self._console.print(f"{self._plan.num_agents} agents learn to read digits, over MQTT ({self._broker}): {hands}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def refresh(self) -> None:
+        """See `Screen`."""
+        with self._shared.lock:
+            scores = {number: view.score for number, view in self._shared.board.history.items()}
+        for number, score in scores.items():
+            if number > self._last_round and score is not None:
+                self._last_round = number
+                self._tell(f"round {number}", score.metrics.get("accuracy", 0.0), score.loss)
+
+    def advanced(self, way: str, done: Round) -> None:
+        """See `Screen`."""
+        if done.round == self._plan.rounds:
+            name = f"{self._plan.agents[0].agent_id} alone" if way == SINGLE_AGENT else "all data in one place"
+            self._tell(f"{name}, round {done.round}", done.accuracy, done.loss)
+
+    def _tell(self, what: str, accuracy: float, loss: float) -> None:
+        self._console.print(f"{what} of {self._plan.rounds}: accuracy {accuracy:.1%}, loss {loss:.4f}")

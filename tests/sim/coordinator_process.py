@@ -1,0 +1,210 @@
+"""The coordinator as a simulated process: its real driver, on a state directory and computations in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator import run_events as ev
+from coordinator.cohort import Change, Fleet
+from coordinator.driver import Driver, presence_payload
+from coordinator.resume import resume
+from coordinator.retention import Retention
+from coordinator.run import Run
+from midge.transport.base import Connected, Disconnected, TransportEvent, Will
+from tests.sim.learning import Trained, average, evaluate, initial_model
+from tests.sim.process import Process, WatchedTransport
+
+if TYPE_CHECKING:
+    from tests.sim.federation import Federation
+
+_KEEP_MODELS = 2
+
+
+class CoordinatorProcess(Process):
+    """The coordinator; `driver` is the one of the present start."""
+
+    driver: Driver
+
+    def __init__(self, federation: Federation) -> None:
+        super().__init__(federation, "coordinator")
+        self.computation_fails = 0.0
+        self._inbox: list[TransportEvent | ev.Event] = []
+        self._initial: str | None = None
+        self._evaluator_free_at = 0.0
+        self._retention: Retention
+        self._retained_for: tuple[int, int | None] | None = None
+
+    # Starting and ending.
+
+    def _start(self) -> None:
+        federation = self.federation
+        federation.auditor.restarted()
+        epoch = federation.store.raise_epoch()
+        instance = f"instance-{self.generation}"
+        will = Will(federation.topics.coordinator, presence_payload(epoch, instance, online=False), delay_s=0)
+        self.transport = federation.broker.transport(f"coordinator-{instance}", self._take, will)
+        self.driver = Driver(
+            federation.topics,
+            WatchedTransport(self, self.transport, federation.auditor.published)
+            if federation.is_audited
+            else self.transport,
+            federation.store,
+            federation.spool,
+            self,
+            federation.models.open,
+            self,
+            epoch=epoch,
+            instance=instance,
+        )
+        self._retention = Retention(federation.store, federation.models, federation.spool, _KEEP_MODELS)
+        self._retained_for = self._initial = None
+        resumed = resume(federation.store, federation.models, federation.config.run_id)
+        run = Run(federation.config, epoch=epoch, fleet=self.driver.fleet, now=self.now(), resumed=resumed)
+        self.driver.start_run(run, self.now())
+        self.transport.start()
+        self._turn(self.now())
+
+    def _lost(self) -> None:
+        self._inbox.clear()
+        self._evaluator_free_at = 0.0
+
+    def stop(self) -> None:
+        """Stop it as an operator does; it goes on when it is started again."""
+        self.driver.step(ev.StopAsked(), self.now())
+        self._turn(self.now())
+        self._farewell()
+
+    def close_round(self) -> None:
+        """Close the round as an operator does."""
+        self._put(ev.CloseAsked())
+
+    def _farewell(self) -> None:
+        self.driver.say_farewell()
+        assert self.transport is not None
+        transport, self.transport = self.transport, None
+        transport.stop()
+        self.die(0.0)
+
+    # Turns of its loop.
+
+    def _take(self, event: TransportEvent) -> None:
+        self._put(event)
+
+    def _put(self, event: TransportEvent | ev.Event) -> None:
+        self._inbox.append(event)
+        if len(self._inbox) == 1:
+            self.wait_for(self.now() + self.federation.turn_s)
+
+    def _on_deadline(self, now: float) -> None:
+        self._turn(now)
+
+    def _turn(self, now: float) -> None:
+        """What `coordinator.service` does in a turn."""
+        driver, federation = self.driver, self.federation
+        events, self._inbox = self._inbox, []
+        for event in events:
+            if isinstance(event, _COMPUTED):
+                driver.step(event, now)
+            else:
+                driver.handle(event, now)
+        if self._initial is not None and driver.is_connected:
+            model, self._initial = federation.models.open(self._initial), None
+            federation.store.set_framing(federation.framing.frame_elements)
+            driver.step(ev.ModelPrepared(model.digest, model.layout, federation.framing), now)
+        driver.step(ev.TimePassed(), now)
+        driver.flush(now)
+        self._keep_house()
+        assert driver.run is not None
+        if federation.is_audited:
+            federation.auditor.turned()
+        self.wait_for(min(driver.run.deadline(), driver.deadline()))
+        if driver.is_over:
+            self._farewell()
+
+    def _keep_house(self) -> None:
+        run = self.driver.run
+        if run is not None and run.version is not None:
+            key = (run.version.round_num, run.best[0] if run.best else None)
+            if key != self._retained_for:
+                self._retained_for = key
+                self._retention.committed(run.config.run_id, *key)
+
+    # Computations, as `coordinator.compute` does them.
+
+    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+        """See `ComputeLike`."""
+        self.tick()
+        federation = self.federation
+        if isinstance(command, ev.AggregateUpdates):
+            federation.auditor.aggregates(command)
+            delay_s = federation.computation_s()
+        else:  # by one process, one after the other
+            self._evaluator_free_at = max(federation.now, self._evaluator_free_at) + federation.computation_s()
+            delay_s = self._evaluator_free_at - federation.now
+        self.call_later(delay_s, lambda: self._compute(command))
+
+    def _compute(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates) -> None:
+        fails = self.computation_fails and self.federation.rng.random() < self.computation_fails
+        models = self.federation.models
+        match command:
+            case ev.PrepareModel(seed):
+                self._initial = models.save(initial_model(seed, self.federation.layout.num_elements))
+                self._put(ev.TimePassed())
+            case ev.EvaluateModel(round_num, _) if fails:
+                self._put(ev.ModelEvaluated(round_num, None, "the evaluation was made to fail"))
+            case ev.EvaluateModel(round_num, digest):
+                self._put(ev.ModelEvaluated(round_num, evaluate(models.open(digest).elements, 100)))
+            case ev.AggregateUpdates() if fails:
+                self._put(ev.AggregationBroke("the disk was made to fail"))
+            case ev.AggregateUpdates():
+                self._put(ev.UpdatesAggregated(self._aggregate(command), 1.0))
+
+    def _aggregate(self, command: ev.AggregateUpdates) -> str:
+        federation = self.federation
+        updates = [
+            Trained(
+                update.agent_id,
+                command.round_num,
+                command.base_digest,
+                update.num_examples,
+                update.counters,
+                federation.spool.elements(command.round_num, update, federation.num_frames),
+            )
+            for update in command.updates
+        ]
+        return federation.models.save(average(federation.models.open(command.base_digest), updates))
+
+    # The observer.
+
+    def note(self, note: ev.Note) -> None:
+        """See `coordinator.driver.Observer`; so do all that follow."""
+        self.tick()
+        match note:
+            case ev.UpdateReceived():
+                self.federation.auditor.noted_update("received")
+            case ev.UpdateSettled(_, outcome, reason, _):
+                self.federation.auditor.noted_update(outcome, reason)
+            case _:
+                self.federation.tell("coordinator", note)
+
+    def saved(self, save: ev.Save) -> None:
+        self.tick()
+
+    def traffic(self, direction: str, kind: str, size_bytes: int) -> None:
+        pass
+
+    def refused(self, kind: str, error: Exception) -> None:
+        self.federation.num_refused += 1
+
+    def broker(self, event: Connected | Disconnected) -> None:
+        self.federation.tell("coordinator", event)
+
+    def fleet(self, fleet: Fleet, agent_id: str, change: Change | None) -> None:
+        if change is not None:
+            self.federation.tell("coordinator", (agent_id, change))
+
+    def broker_says(self, topic: str, payload: bytes) -> None:
+        raise AssertionError("the simulated broker has no $SYS topics")
+
+
+_COMPUTED = (ev.UpdatesAggregated, ev.AggregationBroke, ev.ModelEvaluated, ev.CloseAsked, ev.TimePassed)

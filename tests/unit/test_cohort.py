@@ -1,0 +1,142 @@
+"""The fleet: what presence messages change, whom a run may invite, and what bounds its memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator import cohort
+from coordinator.cohort import AgentState, Change, Fleet
+from midge import PROTOCOL
+from tests.machines import TASK, presence
+
+BIRTH = presence("1")
+WILL = presence("1", online=False)
+
+
+def fleet(**births: str) -> Fleet:
+    """A fleet of agents that were heard live, by id and incarnation."""
+    made = Fleet()
+    for agent_id, incarnation in births.items():
+        assert made.hear(agent_id, presence(incarnation), retained=False) is Change.CAME
+    return made
+
+
+def state_of(made: Fleet, agent_id: str) -> AgentState:
+    return made.agents[agent_id].state
+
+
+def test_an_agent_that_is_heard_live_comes_and_its_repeated_birth_changes_nothing():
+    made = fleet(a="1")
+    assert state_of(made, "a") is AgentState.ONLINE
+    assert made.hear("a", BIRTH, retained=False) is None
+
+
+def test_a_retained_birth_may_be_a_ghost_until_the_agent_is_heard():
+    made = Fleet()
+    assert made.hear("a", BIRTH, retained=True) is None
+    assert state_of(made, "a") is AgentState.SILENT
+    assert made.available(TASK, {}) == frozenset()
+    assert made.hear("a", BIRTH, retained=False) is Change.CAME
+    assert made.available(TASK, {}) == {"a"}
+
+
+def test_a_will_makes_an_agent_leave_once():
+    made = fleet(a="1")
+    assert made.hear("a", WILL, retained=False) is Change.LEFT
+    assert state_of(made, "a") is AgentState.OFFLINE
+    assert made.hear("a", WILL, retained=False) is None
+
+
+def test_the_will_of_an_earlier_start_does_not_take_the_new_one_away():
+    made = fleet(a="1")
+    assert made.hear("a", presence("2"), retained=False) is Change.RESTARTED
+    assert made.hear("a", WILL, retained=False) is None
+    assert state_of(made, "a") is AgentState.ONLINE
+
+
+def test_an_agent_that_was_gone_comes_back():
+    made = fleet(a="1")
+    made.hear("a", WILL, retained=False)
+    assert made.hear("a", BIRTH, retained=False) is Change.CAME
+
+
+def test_a_retained_birth_of_an_agent_that_is_known_changes_nothing():
+    made = fleet(a="1")
+    assert made.hear("a", BIRTH, retained=True) is None
+    assert state_of(made, "a") is AgentState.ONLINE
+    made.hear("a", WILL, retained=False)
+    assert made.hear("a", BIRTH, retained=True) is None
+    assert state_of(made, "a") is AgentState.OFFLINE
+
+
+def test_a_retained_birth_of_another_start_means_that_the_one_we_knew_is_gone():
+    made = fleet(a="1")
+    assert made.hear("a", presence("2"), retained=True) is Change.LEFT
+    assert state_of(made, "a") is AgentState.SILENT
+    assert made.hear("a", presence("2"), retained=False) is Change.CAME
+
+
+def test_a_will_of_an_agent_that_was_never_heard_of_is_nothing():
+    made = Fleet()
+    assert made.hear("a", WILL, retained=True) is None
+    assert made.agents == {}
+
+
+def test_after_our_own_connection_broke_everybody_is_silent_until_heard_again():
+    made = fleet(a="1", b="1")
+    made.hear("b", WILL, retained=False)
+    made.lose_all()
+    assert made.available(TASK, {}) == frozenset()
+    assert made.count() == {AgentState.ONLINE: 0, AgentState.SILENT: 1, AgentState.OFFLINE: 1}
+    assert made.hear("a", BIRTH, retained=True) is None
+    assert made.hear("a", BIRTH, retained=False) is Change.CAME
+
+
+def test_only_agents_of_the_task_the_protocol_and_all_labels_are_available():
+    made = Fleet()
+    made.hear("right", presence(labels={"site": "north", "arm": "yes"}), retained=False)
+    made.hear("other-task", presence(task="mnist", labels={"site": "north"}), retained=False)
+    made.hear("old", presence(protocol=PROTOCOL - 1, labels={"site": "north"}), retained=False)
+    made.hear("south", presence(labels={"site": "south"}), retained=False)
+    made.hear("nowhere", presence(), retained=False)
+    assert made.available(TASK, {"site": "north"}) == {"right"}
+    assert made.available(TASK, {}) == {"right", "south", "nowhere"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, ""),
+        ({"protocol": 9}, f"speaks protocol 9, this coordinator {PROTOCOL}: install the same Midge on both"),
+        ({"task": "mnist"}, "was started with --task mnist, the run's task is digits"),
+        ({"labels": {"site": "south"}}, "lacks the label site=north"),
+    ],
+)
+def test_what_keeps_an_agent_from_taking_part_is_said(changes: dict[str, object], problem: str):
+    made = Fleet()
+    made.hear("a", presence(**({"labels": {"site": "north"}} | changes)), retained=False)
+    assert made.agents["a"].problem(TASK, {"site": "north"}) == problem
+
+
+def test_an_agent_that_is_away_says_so_first():
+    made = fleet(a="1")
+    made.hear("a", WILL, retained=False)
+    assert made.agents["a"].problem("another", {}) == "is offline"
+
+
+def test_the_smallest_packet_limit_that_anyone_named_counts():
+    made = Fleet()
+    assert made.packet_limit_bytes() is None
+    made.hear("a", presence(packet_limit_bytes=0), retained=False)
+    assert made.packet_limit_bytes() is None
+    made.hear("b", presence(packet_limit_bytes=2_000_000), retained=False)
+    made.hear("c", presence(packet_limit_bytes=131_072), retained=False)
+    assert made.packet_limit_bytes() == 131_072
+
+
+def test_a_flood_of_invented_agents_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cohort, "MAX_AGENTS", 3)
+    made = fleet(a="1", b="1", c="1")
+    assert made.hear("d", BIRTH, retained=False) is None
+    assert len(made.agents) == 3
+    assert made.hear("a", presence("2"), retained=False) is Change.RESTARTED
