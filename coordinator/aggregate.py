@@ -18,7 +18,7 @@ processor that it finds: on one machine, its kernels for three processors gave t
 are fused is fixed when NumPy is compiled: another architecture may differ in a last bit of float64.)
 
 Two equalities are exact by design. One agent with server learning rate 1 gives its own elements: its weight is n / n = 1.
-Agents that all return the global model leave it as it is: a mean of equal numbers is within an ulp or so of float64, and
+Agents that all return the global model leave it as it is: a mean of equal numbers is off by some ulps of float64, and
 rounding to float32 takes that away; the sign of a zero, which a sum loses, is taken from the global model.
 
 **Integer buffers** (BatchNorm's `num_batches_tracked`) have no mean. Each takes the largest value that any counted update

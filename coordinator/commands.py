@@ -9,12 +9,14 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coordinator.config import Settings, load_settings
@@ -49,7 +51,7 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
         return _wrong(error)
     if not as_json:
         word = "goes on" if goes_on else "begins"
-        _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}")
+        _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}", soft_wrap=True)
     code = _work(service, Display(service.shared, _errors) if show else None)
     _report(service, as_json=as_json)
     return code
@@ -82,11 +84,11 @@ def status(state_dir: Path, *, as_json: bool) -> int:
     if as_json:
         _print_json(board)
         return 0
-    _console.print(f"[bold]{board['run_id'] or 'no run'}[/] {board['task']}: {board['status']}")
+    _console.print(f"[bold]{board['run_id'] or 'no run'}[/] {escape(board['task'])}: {escape(board['status'])}")
     if not board["is_connected"]:
-        _console.print(f"broker {board['broker']}: {board['broker_problem'] or 'connecting'}")
+        _console.print(escape(f"broker {board['broker']}: {board['broker_problem'] or 'connecting'}"))
     for event in board["events"][-5:]:
-        _console.print(f"  {event}")
+        _console.print(escape(f"  {event}"))
     _console.print(_agents_table(board["agents"]))
     return 0
 
@@ -124,7 +126,7 @@ def runs(state_dir: Path, *, as_json: bool) -> int:
             shown = "" if best is None else f"{best['value']:.4f} in round {best['round_num']}"
             table.add_row(
                 row["run_id"],
-                row["task"],
+                escape(row["task"]),
                 row["state"],
                 f"{row['round_num']}/{row['rounds']}",
                 shown,
@@ -182,7 +184,7 @@ def export(run_id: str, which: str, path: Path, state_dir: Path) -> int:
             ModelStore(state_dir / "models").export(versions[round_num], path)
         except (ModelError, OSError) as error:
             return _wrong(error)
-        _errors.print(f"wrote round {round_num} of {row['run_id']} to {path}")
+        _errors.print(escape(f"wrote round {round_num} of {row['run_id']} to {path}"), soft_wrap=True)
         return 0
 
     return _look(state_dir, write)
@@ -197,16 +199,13 @@ def _work(service: Service, display: Display | None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        if display is None:
+        with display or nullcontext():
             service.run()
-        else:
-            with display:
-                service.run(display.refresh)
     except SupersededError as error:
-        _errors.print(f"coordinator: {error}")
+        _wrong(error)
         return 1
     except OSError as error:
-        _errors.print(f"coordinator: {service.settings.state_dir}: {error.strerror or error}; start it again to go on")
+        _wrong(f"{service.settings.state_dir}: {error.strerror or error}; start it again to go on")
         return 1
     return 1 if service.state in (RunState.FAILED, None) else 0
 
@@ -225,15 +224,18 @@ def _report(service: Service, *, as_json: bool) -> None:
                 if board["best_round"] is not None
                 else ""
             )
-            _errors.print(f"[green]done[/]: {board['rounds']} rounds of {board['run_id']}{best}")
+            _errors.print(f"[green]done[/]: {board['rounds']} rounds of {board['run_id']}{best}", soft_wrap=True)
             directory = (
                 f" --state-dir {service.settings.state_dir}" if service.settings.state_dir != "midge-state" else ""
             )
-            _errors.print(f"next: coordinator export {board['run_id']}{directory} --to model.safetensors")
+            command = f"coordinator export {board['run_id']}{directory} --to model.safetensors"
+            _errors.print(escape(f"next: {command}"), soft_wrap=True)
         case RunState.STOPPED:
-            _errors.print(f"stopped: run {board['run_id']} goes on when it is started again in the same way")
+            _errors.print(
+                f"stopped: run {board['run_id']} goes on when it is started again in the same way", soft_wrap=True
+            )
         case RunState.FAILED:
-            _errors.print(f"[red]failed[/]: {board['reason']}", soft_wrap=True)
+            _errors.print(f"[red]failed[/]: {escape(board['reason'])}", soft_wrap=True)
         case _:
             pass
 
@@ -334,7 +336,8 @@ def _which(which: str, row: Mapping[str, Any], versions: Mapping[int, str]) -> i
 def _agents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("agent", "presence", "doing", "detail")
     for row in rows:
-        table.add_row(row["agent_id"], row["presence"], row["activity"], row.get("detail", ""))
+        # The detail is an agent's own text: without `escape`, brackets in it would be taken for markup.
+        table.add_row(row["agent_id"], row["presence"], row["activity"], escape(row.get("detail", "")))
     return table
 
 

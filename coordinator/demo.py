@@ -33,7 +33,6 @@ from midge import log
 from midge.tasks.process import Child
 
 _NEEDED = {"torch": "torch", "sklearn": "torch", "matplotlib": "coordinator"}
-_REFRESH_S = 0.1
 
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
@@ -87,7 +86,7 @@ def _demonstrate(plan: Plan, interrupts: Interrupts, *, as_json: bool) -> Report
         with Federation(plan, Path(scratch)) as federation:
             interrupts.check()
             screen = at_end.enter_context(_screen(plan, federation, as_json=as_json))
-            outcome = federation.run(interrupts, screen.refresh)
+            outcome = federation.run(interrupts, screen.look)
         # Its processes have ended, and the machine is free.
         helper = _Helper(interrupts, screen)
         at_end.callback(helper.stop)
@@ -160,12 +159,7 @@ class _Helper:
         # A SimpleQueue may be put to in the midst of a get, so by the signal handler too.
         with self._interrupts.waking(lambda: self._replies.put(None)):
             while True:
-                try:
-                    reply = self._replies.get(timeout=_REFRESH_S)
-                except queue.Empty:
-                    self._screen.refresh()
-                    continue
-                match reply:
+                match reply := self._replies.get():
                     case baselines.Advanced():
                         self._screen.advanced(reply.way, reply.round)
                     case baselines.Failed():
@@ -193,7 +187,7 @@ def _show(plan: Plan, report: Report, *, as_json: bool) -> None:
         sys.stdout.write(_json(report).decode())
     else:
         _console.print(table(report))
-        _console.print(f"{summary(report)}\n")
+        _console.print(f"\n{summary(report)}\n")
         for line in _next(plan):
             _console.print(line, soft_wrap=True)
     for problem in report.problems:

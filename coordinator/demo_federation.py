@@ -149,8 +149,8 @@ class Federation:
     ) -> None:
         self._at_end.close()
 
-    def run(self, interrupts: Interrupts, refresh: Callable[[], None]) -> Outcome:
-        """Start the agents and run all rounds; `refresh` is called often.
+    def run(self, interrupts: Interrupts, look: Callable[[], None]) -> Outcome:
+        """Start the agents and run all rounds; `look` is called after each turn of the coordinator.
 
         Raises:
             DemoError: something died or failed; says what.
@@ -162,7 +162,7 @@ class Federation:
 
         def each_turn() -> None:
             self._watch()
-            refresh()
+            look()
 
         try:
             with interrupts.waking(self.service.stop):

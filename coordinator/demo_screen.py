@@ -13,6 +13,7 @@ from coordinator.board import Shared
 from coordinator.demo_federation import Plan
 from coordinator.display import Display, progress_row
 from coordinator.report import Round
+from coordinator.run import RunState
 
 
 class Screen(Protocol):
@@ -26,8 +27,8 @@ class Screen(Protocol):
     ) -> None:
         """Show no more."""
 
-    def refresh(self) -> None:
-        """Show what the board says now; called often."""
+    def look(self) -> None:
+        """The board may say something new; called after each turn of the coordinator."""
 
     def advanced(self, way: str, done: Round) -> None:
         """One of the two ways that the federation is compared with did another round."""
@@ -38,11 +39,12 @@ class LiveScreen:
 
     def __init__(self, plan: Plan, shared: Shared, broker: str, console: Console) -> None:
         self._num_rounds = plan.rounds
+        self._board = shared.board
         self._names = {SINGLE_AGENT: f"{plan.agents[0].agent_id} alone", CENTRALIZED: "all data in one place"}
-        self._done: dict[str, list[Round]] = {way: [] for way in self._names}
+        self._done: dict[str, Round] = {}
         title = f"Midge: {plan.num_agents} agents learn to read digits, over MQTT ({broker})"
         captions = {agent.agent_id: f"has {agent.shown_classes}" for agent in plan.agents}
-        self._display = Display(shared, console, title, captions=captions, below=self._comparison, transient=True)
+        self._display = Display(shared, console, title, captions=captions, below=self._below, transient=True)
 
     def __enter__(self) -> Self:
         self._display.__enter__()
@@ -53,23 +55,30 @@ class LiveScreen:
     ) -> None:
         self._display.__exit__(kind, error, trace)
 
-    def refresh(self) -> None:
-        """See `Screen`."""
-        self._display.refresh()
+    def look(self) -> None:
+        """See `Screen`. It looks by itself."""
 
     def advanced(self, way: str, done: Round) -> None:
         """See `Screen`."""
-        self._done[way].append(done)
-        self.refresh()
+        self._done[way] = done
 
-    def _comparison(self) -> RenderableType:
-        rows: list[RenderableType] = [Text("\nthen, to compare, on the same budget of epochs:", style="dim")]
+    def _below(self) -> RenderableType:
+        rows: list[RenderableType] = ["", Text("then, to compare, as many epochs of", style="dim")]
         width = max(map(len, self._names.values()))
-        for way, done in self._done.items():
-            accuracies = [one.accuracy for one in done]
-            beside = f"{accuracies[-1]:.1%}" if accuracies else ""
-            rows.append(progress_row(self._names[way], len(done), self._num_rounds, beside, width))
-        return Group(*rows)
+        for way, name in self._names.items():
+            done = self._done.get(way)
+            beside = f"{done.accuracy:.1%}" if done else ""
+            rows.append(progress_row(name, done.round if done else 0, self._num_rounds, beside, width))
+        return Group(*rows, "", Text(self._hint(), style="italic"))
+
+    def _hint(self) -> str:
+        """Why the bars stand still, where they do."""
+        if len(self._board.history) <= 1:
+            return "Round 1 takes longer: each agent loads torch and its own images first."
+        if self._board.state != RunState.DONE:
+            return ""
+        is_over = CENTRALIZED in self._done and self._done[CENTRALIZED].round == self._num_rounds
+        return "Drawing the picture." if is_over else "The agents have ended. One more process trains without them."
 
 
 class PlainScreen:
@@ -84,7 +93,7 @@ class PlainScreen:
 
     def __enter__(self) -> Self:
         hands = "; ".join(f"{agent.agent_id} has {agent.shown_classes}" for agent in self._plan.agents)
-        self._console.print(f"{self._plan.num_agents} agents learn to read digits, over MQTT ({self._broker}): {hands}")
+        self._say(f"{self._plan.num_agents} agents learn to read digits, over MQTT ({self._broker}): {hands}")
         return self
 
     def __exit__(
@@ -92,7 +101,7 @@ class PlainScreen:
     ) -> None:
         pass
 
-    def refresh(self) -> None:
+    def look(self) -> None:
         """See `Screen`."""
         with self._shared.lock:
             scores = {number: view.score for number, view in self._shared.board.history.items()}
@@ -108,4 +117,7 @@ class PlainScreen:
             self._tell(f"{name}, round {done.round}", done.accuracy, done.loss)
 
     def _tell(self, what: str, accuracy: float, loss: float) -> None:
-        self._console.print(f"{what} of {self._plan.rounds}: accuracy {accuracy:.1%}, loss {loss:.4f}")
+        self._say(f"{what} of {self._plan.rounds}: accuracy {accuracy:.1%}, loss {loss:.4f}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from types import TracebackType
@@ -16,10 +15,10 @@ from rich.text import Text
 
 from coordinator.board import AgentView, Board, Shared
 
-_REFRESH_S = 0.1
+_FRAMES_PER_SECOND = 8
 _MAX_AGENTS = 12
 _SPARKS = "▁▂▃▄▅▆▇█"
-_NUM_SPARKS = 30
+_NUM_SPARKS = 24
 _STYLES = {
     "fetching": "blue",
     "training": "cyan",
@@ -32,18 +31,20 @@ _STYLES = {
     "refused": "yellow",
     "rejected": "red",
 }
-_WORDS = {"accepted": "done", "fetching": "fetching the model", "idle": "waiting"}
+# "fetching" is what the coordinator takes an agent for that has accepted and said no more: it may be training already.
+_WORDS = {"accepted": "done", "fetching": "at work", "idle": "waiting"}
+_WORD_WIDTH = 9
 
 
 class Display:
-    """A live view of the board, drawn at most ten times a second.
+    """A live view of the board, while it is entered. It is drawn by a thread of its own, so that no terminal slows the work.
 
     Args:
         shared: the board.
         console: where to draw.
         title: above it all.
         captions: what to show beside an agent's id.
-        below: gives what to draw below the board.
+        below: gives what to draw below the board; called by that thread.
         transient: whether the view vanishes at the end.
     """
 
@@ -61,30 +62,26 @@ class Display:
         self._title = title
         self._captions = captions or {}
         self._below = below
-        self._live = Live(console=console, auto_refresh=False, transient=transient)
-        self._drawn_at = 0.0
+        self._live = Live(
+            console=console,
+            get_renderable=self._view,
+            refresh_per_second=_FRAMES_PER_SECOND,
+            transient=transient,
+        )
 
     def __enter__(self) -> Self:
-        self._live.start()
-        self._draw()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._draw()
         self._live.stop()
 
-    def refresh(self) -> None:
-        """Draw, unless that was just done."""
-        if time.monotonic() - self._drawn_at >= _REFRESH_S:
-            self._draw()
-
-    def _draw(self) -> None:
-        self._drawn_at = time.monotonic()
+    def _view(self) -> RenderableType:
         with self._shared.lock:
             view = render(self._shared.board, self._title, self._captions)
-        self._live.update(view if self._below is None else Group(view, self._below()), refresh=True)
+        return view if self._below is None else Group(view, self._below())
 
 
 def render(board: Board, title: str = "", captions: Mapping[str, str] | None = None) -> RenderableType:
@@ -113,11 +110,11 @@ def progress_row(name: str, done: int, total: int, beside: str, width: int = 0) 
 
 
 def sparkline(values: list[float]) -> str:
-    """The latest values as bars of eight heights, from the least to the greatest of them."""
-    shown = values[-_NUM_SPARKS:]
-    low, high = min(shown), max(shown)
+    """The latest values as bars of eight heights, from the least to the greatest of all values."""
+    low, high = min(values), max(values)
     span = (high - low) or 1.0
-    return "".join(_SPARKS[min(int((value - low) / span * len(_SPARKS)), len(_SPARKS) - 1)] for value in shown)
+    heights = [min(int((value - low) / span * len(_SPARKS)), len(_SPARKS) - 1) for value in values[-_NUM_SPARKS:]]
+    return "".join(_SPARKS[height] for height in heights)
 
 
 def _scores(board: Board) -> RenderableType:
@@ -151,15 +148,14 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def _doing(agent: AgentView) -> Text:
-    # As wide as the longest, so that the bars beside it stand still.
-    width = max(map(len, _WORDS.values()))
-    return Text(_WORDS.get(agent.activity, agent.activity).ljust(width), style=_STYLES.get(agent.activity, ""))
+    word = _WORDS.get(agent.activity, agent.activity)
+    return Text(word.ljust(_WORD_WIDTH), style=_STYLES.get(agent.activity, ""))
 
 
 def _bar(agent: AgentView) -> RenderableType:
     if agent.activity not in ("training", "uploading", "fetching", "accepted"):
         return ""
-    return ProgressBar(total=1.0, completed=agent.fraction, width=16)
+    return ProgressBar(total=1.0, completed=agent.fraction, width=16, pulse=agent.activity == "fetching")
 
 
 def _time_left(board: Board, done: int) -> str:

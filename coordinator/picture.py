@@ -51,11 +51,13 @@ def _draw_curves(axes: Axes, report: Report) -> None:
         axes.plot(numbers, accuracies, style, color=colour, label=f"{name}: {way.accuracy:.1%}", lw=2, marker=marker)
     worst = min(one.accuracy for _, way, _, _ in _ways(report) for one in way.rounds)
     axes.set_ylim(max(0.0, worst - 0.05), 1.0)
+    num_rounds = len(report.federated.rounds)
+    axes.set_xlim(1 - 0.02 * num_rounds, num_rounds * 1.02)
     axes.set_title("Accuracy on test images", loc="left", fontsize=11, color=_INK)
     axes.set_xlabel(f"round ({report.local_epochs} epochs each)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     handles, names = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], names[::-1], loc="lower right", frameon=False, fontsize=10)
+    axes.legend(handles[::-1], names[::-1], loc="best", fontsize=10, facecolor="white", edgecolor="none", framealpha=1)
     _tidy(axes)
 
 
@@ -73,7 +75,9 @@ def _draw_digits(axes: Axes, report: Report) -> None:
     axes.set_ylim(-0.03, 1.05)
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_title(f"After the last round, by digit (shaded: {report.first_agent}'s own)", loc="left", fontsize=11)
+    axes.set_title("By digit, after the last round", loc="left", fontsize=11, color=_INK)
+    middle = sum(place for place, label in enumerate(labels) if label in own) / len(own)
+    axes.text(middle, 0.0, f"{report.first_agent}'s own", ha="center", va="bottom", fontsize=9, color="#555555")
     axes.set_xlabel("digit")
     _tidy(axes)
 

@@ -106,7 +106,12 @@ def table(report: Report) -> Table:
     """The three side by side."""
     num_epochs = len(report.federated.rounds) * report.local_epochs
     first = report.first_agent
-    view = Table(box=box.SIMPLE_HEAD, title=f"{report.task}, {num_epochs} epochs each", title_style="bold")
+    view = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{report.task}, {num_epochs} epochs each",
+        title_style="bold",
+        caption="seconds: from the start of the processes, loading torch included",
+    )
     view.add_column("")
     for heading in ("accuracy", f"on labels\n{first} lacks", "loss", "seconds"):
         view.add_column(heading, justify="right", vertical="bottom")

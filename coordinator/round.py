@@ -162,6 +162,7 @@ class Round:
         attempt: from 1.
         seed: the run's.
         now: monotonic seconds.
+        failures: how often an agent was invited to earlier attempts at this round and did not report.
     """
 
     config: RoundConfig
@@ -172,6 +173,7 @@ class Round:
     state: RoundState = RoundState.SELECTING
     reason: str = ""
     digest: str = ""
+    failures: Mapping[str, int] = field(default_factory=dict)
     _available: frozenset[str] = frozenset()
     _members: dict[str, _Member] = field(default_factory=dict)
     _num_invited_first: int = 0
@@ -408,13 +410,18 @@ class Round:
         return self._replace()
 
     def _select(self) -> list[Command]:
-        chosen = draw_order(self._available, self.seed, self.round_num)[: self._num_to_invite(len(self._available))]
+        chosen = self._draw(self._available)[: self._num_to_invite(len(self._available))]
         self.state = RoundState.COLLECTING
         self._ends_at = self.now + self.config.report_deadline_s
         self._num_invited_first = len(chosen)
         for agent_id in chosen:
             self._invite(agent_id)
         return [Invite(tuple(chosen))]
+
+    def _draw(self, agent_ids: Iterable[str]) -> list[str]:
+        """The draw, those that failed earlier attempts last: a silent agent must not stall one attempt after another."""
+        order = draw_order(agent_ids, self.seed, self.round_num)
+        return sorted(order, key=lambda agent_id: self.failures.get(agent_id, 0))
 
     def _num_to_invite(self, num_available: int) -> int:
         """How many of so many agents take part at once."""
@@ -439,7 +446,7 @@ class Round:
         spare = self._available - self._members.keys()
         if short <= 0 or not spare or not self.config.target:
             return []
-        chosen = draw_order(spare, self.seed, self.round_num)[:short]
+        chosen = self._draw(spare)[:short]
         for agent_id in chosen:
             self._invite(agent_id)
         return [Invite(tuple(chosen))]

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
 
 from coordinator import round_events as rounds
 from coordinator import run_events as ev
@@ -32,13 +32,16 @@ from coordinator.admission import Gates
 from coordinator.attempt import Attempt, Output, Tallies, turn_away
 from coordinator.cohort import Change, Fleet
 from coordinator.round import MemberState, Round, RoundState
-from coordinator.run_config import RunConfig
+from coordinator.run_config import Resumed, RunConfig, Version
 from coordinator.uplink import Verdict
 from midge.wire.frames import Frame, Framing
 from midge.wire.layout import Layout
 from midge.wire.messages import Evaluation
 
+__all__ = ["FINAL", "Resumed", "Run", "RunState", "Version"]
+
 _ROLL_CALL_EVERY_S = 10.0
+_ROLL_CALL_AT_LEAST_EVERY_S = 300.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
@@ -59,43 +62,6 @@ class RunState(enum.StrEnum):
 _SeenAttempt = tuple[int, int, RoundState, dict[str, MemberState]]
 
 FINAL = (RunState.DONE, RunState.FAILED, RunState.STOPPED)
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A version of the model."""
-
-    round_num: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resumed:
-    """What a run needs to go on where it was.
-
-    Attributes:
-        version: the last one that was committed.
-        layout: of its model.
-        framing: how the run cuts it.
-        attempt: of the round after it; 0 where none was begun.
-        round_state: of that attempt.
-        members: of that attempt.
-        accepted: updates of that round that count already, of any attempt.
-        unevaluated: versions whose evaluation is still owed, at most two.
-        best: (round, value) so far.
-        tallies: of updates so far.
-    """
-
-    version: Version
-    layout: Layout
-    framing: Framing
-    attempt: int = 0
-    round_state: RoundState = RoundState.ABANDONED
-    members: Mapping[str, MemberState] = field(default_factory=dict)
-    accepted: Sequence[ev.AcceptedUpdate] = ()
-    unevaluated: Sequence[Version] = ()
-    best: tuple[int, float] | None = None
-    tallies: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class Run:
@@ -137,9 +103,10 @@ class Run:
         self._published = False
         self._publishing_since: float | None = None
         self._num_attempts = 0
+        self._failures: Counter[str] = Counter()
         self._evaluating: dict[int, str] = {}
         self._has_test_data = config.evaluate
-        self._pause_until = -math.inf
+        self._pause_until = math.inf
         self._starts_by = now + config.start_deadline_s
         self._started = False
         self._roll_call_at = -math.inf
@@ -169,7 +136,7 @@ class Run:
         if self.state in FINAL:
             return self._after_the_end(event)
         before = self.state
-        commands = self._settle() + self._go_on()
+        commands = self._settle()
         if self.state not in FINAL:
             commands += self._apply(event)
         return self._finish_step(commands, before)
@@ -185,13 +152,12 @@ class Run:
         """When time alone changes something; infinity where it never does."""
         if self.state in FINAL:
             return math.inf
-        times = [self._pause_until if self._pause_until > self.now else math.inf]
+        times = [self._pause_until]
         if self.attempt is not None:
             times.append(self.attempt.deadline())
         if self._may_fail_to_start():
             times.append(self._starts_by)
-        if self._wants_agents():
-            times.append(self._roll_call_at)
+        times.append(self._roll_call_due_at())
         return min(times)
 
     def frame_verdict(self, agent_id: str, frame: Frame, topic_index: int) -> Verdict:
@@ -205,7 +171,7 @@ class Run:
                 return "making the initial model"
             case RunState.WAITING if not self._connected:
                 return "waiting for the broker"
-            case RunState.WAITING if self._pause_until > self.now:
+            case RunState.WAITING if self._pause_until < math.inf:
                 return f"attempt {self._num_attempts} failed; trying again in {self._pause_until - self.now:.0f} s"
             case RunState.WAITING if not self._started:
                 there = f"{self.num_available} of {self.config.round.minimum} are there"
@@ -348,6 +314,7 @@ class Run:
         self._started = True
         self._num_attempts += 1
         machine = Round(self.config.round, self.current_round, self._num_attempts, self.config.seed, self.now)
+        machine.failures = dict(self._failures)
         self.attempt = self._make_attempt(machine)
         note = ev.RoundOpened(machine.round_num, self._num_attempts)
         return [note, *self._to_round(rounds.FleetChanged(self._available()))]
@@ -388,15 +355,21 @@ class Run:
         commands += self._close_round("committed", "", num_examples)
         self.version = Version(machine.round_num, digest)
         self.accepted = {}
+        self._failures.clear()
         self._num_attempts = 0
         self._forget_publication()
         return commands + self._evaluate(self.version)
 
     def _abandon(self, reason: str) -> list[ev.Command]:
+        assert self.attempt is not None
+        self._failures.update(_unreported(self.attempt.round.members))
         commands = self._close_round("abandoned", reason, 0)
         if self._num_attempts >= self.config.max_attempts:
             tries = f"round {self.current_round} was abandoned {self._num_attempts} times"
             self._end(RunState.FAILED, f"{tries}, the last time: {reason}")
+        elif self._connected:  # maybe it failed for want of an agent whose birth was lost
+            self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
+            commands.append(ev.CallRoll())
         self._pause_until = self.now + min(_FIRST_PAUSE_S * 2.0 ** (self._num_attempts - 1), _LONGEST_PAUSE_S)
         return commands
 
@@ -456,12 +429,18 @@ class Run:
     def _settle(self) -> list[ev.Command]:
         """Apply what the passing of time decides, before an event is looked at."""
         commands = self._to_round(rounds.TimePassed())
+        if self.now >= self._pause_until:
+            self._pause_until = math.inf
+            commands += self._go_on()
+        self._settle_start()
+        return commands
+
+    def _settle_start(self) -> None:
         if self._may_fail_to_start() and self.now >= self._starts_by:
             within = f"within {self.config.start_deadline_s:g} s"
             came = f"{self.num_available} of {self.config.round.minimum} agents came {within}"
             cure = "start more agents, or lower min_agents" if self._connected else "the broker cannot be reached"
             self._end(RunState.FAILED, f"{came}; {cure}")
-        return commands
 
     def _may_fail_to_start(self) -> bool:
         return not self._started and self.state is RunState.WAITING
@@ -479,7 +458,8 @@ class Run:
     def _finish_step(self, commands: list[ev.Command], before: RunState) -> list[ev.Command]:
         """Go as far as possible without another event, then add what must be acknowledged and persisted."""
         commands += self._go_on()
-        if self.state not in FINAL and self._wants_agents() and self.now >= self._roll_call_at:
+        self._settle_start()
+        if self.state not in FINAL and self.now >= self._roll_call_due_at():
             self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
             commands.append(ev.CallRoll())
         if self.attempt is not None:
@@ -507,7 +487,7 @@ class Run:
             return (RunState.FINISHING if self._evaluating else RunState.DONE), []
         if not self._connected:
             return RunState.WAITING, []
-        if len(self._evaluating) > 1 or self.now < self._pause_until:
+        if len(self._evaluating) > 1 or self._pause_until < math.inf:
             return RunState.WAITING, []
         if not self._started and self.num_available < self.config.round.minimum:
             return RunState.WAITING, []
@@ -569,6 +549,8 @@ class Run:
             )
             self.attempt = self._make_attempt(machine)
             self.state = RunState.IN_ROUND
+        else:
+            self._failures.update(_unreported(resumed.members))
 
     def _take_layout(self, layout: Layout, framing: Framing) -> None:
         self.framing = framing
@@ -586,12 +568,20 @@ class Run:
     def _available(self) -> frozenset[str]:
         return self.fleet.available(self.config.task, self.config.labels)
 
-    def _wants_agents(self) -> bool:
+    def _roll_call_due_at(self) -> float:
+        """When to call the roll: soon where agents are wanted, else now and then, since a birth may have been lost."""
         if not self._connected or self.version is None:
-            return False
+            return math.inf
+        return self._roll_call_at + (0.0 if self._wants_agents() else _ROLL_CALL_AT_LEAST_EVERY_S)
+
+    def _wants_agents(self) -> bool:
         if self.attempt is not None:
             return self.attempt.round.state is RoundState.SELECTING
         return not self._started
+
+
+def _unreported(members: Mapping[str, MemberState]) -> list[str]:
+    return [agent_id for agent_id, state in members.items() if state is not MemberState.REPORTED]
 
 
 def _essence(seen: _SeenAttempt) -> tuple[object, ...]:

@@ -1,11 +1,14 @@
-"""What a run is, as its machines see it."""
+"""What a run is, as its machines see it: what was asked for, and what is on disk of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.round import RoundConfig
+from coordinator import run_events as ev
+from coordinator.round import MemberState, RoundConfig, RoundState
+from midge.wire.frames import Framing
+from midge.wire.layout import Layout
 from midge.wire.messages import TrainingConfig
 
 
@@ -27,3 +30,40 @@ class RunConfig:
     evaluate: bool = True
     best_metric: str = "accuracy"
     best_is_max: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of the model."""
+
+    round_num: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What a run needs to go on where it was.
+
+    Attributes:
+        version: the last one that was committed.
+        layout: of its model.
+        framing: how the run cuts it.
+        attempt: of the round after it; 0 where none was begun.
+        round_state: of that attempt.
+        members: of that attempt.
+        accepted: updates of that round that count already, of any attempt.
+        unevaluated: versions whose evaluation is still owed, at most two.
+        best: (round, value) so far.
+        tallies: of updates so far.
+    """
+
+    version: Version
+    layout: Layout
+    framing: Framing
+    attempt: int = 0
+    round_state: RoundState = RoundState.ABANDONED
+    members: Mapping[str, MemberState] = field(default_factory=dict)
+    accepted: Sequence[ev.AcceptedUpdate] = ()
+    unevaluated: Sequence[Version] = ()
+    best: tuple[int, float] | None = None
+    tallies: Mapping[tuple[str, str], int] = field(default_factory=dict)

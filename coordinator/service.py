@@ -170,6 +170,8 @@ class Service:
         self._run_spool.run_id = run_id
         if resumed is not None:
             self._compute.framing = resumed.framing
+            # Another run may have had the broker forget this one: it is about to be published again.
+            self.store.set_framing(run_id, resumed.framing.frame_elements, resumed.framing.num_frames)
         self._show_run(config, resumed is not None)
         self._to_clear = [
             (row["run_id"], row["num_frames"])

@@ -15,7 +15,8 @@ Work passes FETCHING -> TRAINING -> UPLOADING -> AWAITING_RECEIPT -> IDLE, and f
 refusal or a failure. Every event is legal in every state: a network may deliver anything at any time. What does not match
 the invitation at hand is stale, noted and ignored; an invitation of an older epoch than the newest one seen is ignored.
 
-A newer invitation replaces the work at hand. If it is for the same (run, round, model) it changes only the address, that is
+An invitation that is older than the newest one, or whose work has ended already, is a late delivery: it begins nothing, but a
+refusal is said again, since nobody acknowledges one. A newer invitation replaces the work at hand. If it is for the same (run, round, model) it changes only the address, that is
 the epoch and the attempt: a training goes on, and a finished update is offered again, never trained again. A finished
 update is kept on disk until a receipt, or until an invitation for something else.
 """
@@ -45,6 +46,8 @@ from midge.wire.messages import (
 
 _PROGRESS_EVERY_S = 1.0
 _MAX_MODEL_RETRIES = 2
+_FIRST_HEAD_PATIENCE_S = 2.0
+_LONGEST_HEAD_PATIENCE_S = 30.0
 
 
 class AgentState(enum.StrEnum):
@@ -81,11 +84,14 @@ class Agent:
         self._pull: Pull | None = None
         self._push: Push | None = None
         self._fetch_by = math.inf
+        self._head_patience_s = _FIRST_HEAD_PATIENCE_S
+        self._ask_head_at = math.inf
         self._model_retries = 0
         self._answer_at = math.inf
         self._progress_at = -math.inf
         self._reported_state = AgentState.OFFLINE
         self._newest: Invitation | None = None
+        self._refusal: ev.Say | None = None
 
     @property
     def state(self) -> AgentState:
@@ -114,7 +120,7 @@ class Agent:
         times = [self._answer_at]
         if self._connected and self.work is AgentState.FETCHING:
             times.append(self._fetch_by)
-            times.append(self._pull.deadline() if self._pull is not None else math.inf)
+            times.append(self._pull.deadline() if self._pull is not None else self._ask_head_at)
         if self._can_upload() and self._push is not None:
             times.append(self._push.deadline())
         return min(times)
@@ -152,12 +158,24 @@ class Agent:
         if self._connected and self.work is AgentState.FETCHING:
             if self.now >= self._fetch_by:
                 return commands + self._refuse(ev.Objection("fetch", "the model did not arrive before the deadline"))
-            again = self._pull.ask_again(self.now) if self._pull is not None else None
-            if again is not None:
-                commands += self._ask(again)
+            commands += self._ask_again()
         if self._can_upload() and self._push is not None and self._push.ask(self.now):
             commands.append(self._header())
         return commands
+
+    def _ask_again(self) -> list[ev.Command]:
+        """Ask for what did not come: frames, or the head that names them; it is retained, and may have been lost on its way."""
+        if self._pull is not None:
+            again = self._pull.ask_again(self.now)
+            return self._ask(again) if again is not None else []
+        if self.now < self._ask_head_at:
+            return []
+        self._head_patience_s = min(self._head_patience_s * 2, _LONGEST_HEAD_PATIENCE_S)
+        self._await_head()
+        return [ev.WatchHead(self._watching)]
+
+    def _await_head(self) -> None:
+        self._ask_head_at = self.now + self._head_patience_s * self._rng.uniform(0.75, 1.25)
 
     def _apply(self, event: ev.Event) -> list[ev.Command]:
         match event:
@@ -195,14 +213,17 @@ class Agent:
     def _on_connected(self) -> list[ev.Command]:
         self._connected = True
         commands: list[ev.Command] = [ev.AnnouncePresence()]
+        if self._refusal is not None:
+            commands.append(self._refusal)  # it may have been lost, and nobody acknowledges one
         if self._watching:
             commands.append(ev.WatchHead(self._watching))
+            self._await_head()
         if self._pull is not None:
             commands += self._ask(self._pull.reconnect(self.now))
         if self._push is not None:
             self._push.asked(self.now)
             commands.append(self._header())
-        return commands
+        return commands + self._settle()
 
     def _on_coordinator(self, event: ev.CoordinatorSeen) -> list[ev.Command]:
         if event.status.epoch < self.epoch:
@@ -225,18 +246,17 @@ class Agent:
             return [ev.Stale("invitation of an older epoch")]
         if _is_older(invitation, self._newest):
             return [ev.Stale("invitation of an older attempt")]
+        if self.invitation is None and self._newest is not None and _address(invitation) == _address(self._newest):
+            return [self._refusal or ev.Stale("invitation of work that has ended")]
         self._newest = invitation
+        self._refusal = None
         self.epoch = invitation.epoch
         self._coordinator_online = True
         if self.invitation is not None and _same_work(self.invitation, invitation):
             return self._renew(invitation)
         commands = self._abandon_work()
         if objection is not None:
-            return [
-                *commands,
-                _refusal(invitation, objection),
-                ev.RoundEnded(invitation, "refused", *_words(objection)),
-            ]
+            return [*commands, *self._say_refusal(invitation, objection)]
         self.invitation = invitation
         commands += [ev.WriteInvitation(invitation), self._say(Acceptance)]
         if self.update is not None and _trained_for(self.update, invitation):
@@ -251,6 +271,8 @@ class Agent:
         self.invitation = invitation
         commands: list[ev.Command] = [ev.WriteInvitation(invitation)] if is_new else []
         commands.append(self._say(Acceptance))
+        if self.work is AgentState.FETCHING:
+            self._fetch_by = self.now + max(invitation.deadline_s, 1.0)
         if self._push is not None:
             self._push.acknowledge(((0, self._push.num_frames),), 0, self.now)
             self._push.asked(self.now)
@@ -263,6 +285,8 @@ class Agent:
         assert self.invitation is not None
         self.work = AgentState.FETCHING
         self._fetch_by = self.now + max(self.invitation.deadline_s, 1.0)
+        self._head_patience_s = _FIRST_HEAD_PATIENCE_S
+        self._await_head()
         self._model_retries = 0
         if self._watching != self.invitation.run_id:
             self._watching = self.invitation.run_id
@@ -277,6 +301,7 @@ class Agent:
         self._head = head
         if is_other:
             self._pull = None
+            self._await_head()
         return self._begin_pull() if self.work is AgentState.FETCHING and self._pull is None else []
 
     def _begin_pull(self) -> list[ev.Command]:
@@ -379,7 +404,12 @@ class Agent:
         assert self.invitation is not None
         invitation = self.invitation
         commands = self._abandon_work()
-        return [_refusal(invitation, objection), ev.RoundEnded(invitation, "refused", *_words(objection)), *commands]
+        return [*self._say_refusal(invitation, objection), *commands]
+
+    def _say_refusal(self, invitation: Invitation, objection: ev.Objection) -> list[ev.Command]:
+        address, reason, detail = _address(invitation)._asdict(), objection.reason, objection.detail
+        self._refusal = ev.Say(Refusal(**address, reason=reason, detail=detail[:500]))
+        return [self._refusal, ev.RoundEnded(invitation, "refused", reason, detail)]
 
     def _abandon_work(self) -> list[ev.Command]:
         """Back to IDLE; a finished update stays on disk."""
@@ -430,15 +460,6 @@ class _Address(NamedTuple):
 
 def _address(message: Invitation | Credit | Receipt | Cancel) -> _Address:
     return _Address(message.run_id, message.epoch, message.round_num, message.attempt)
-
-
-def _refusal(invitation: Invitation, objection: ev.Objection) -> ev.Say:
-    address = _address(invitation)._asdict()
-    return ev.Say(Refusal(**address, reason=objection.reason, detail=objection.detail[:500]))
-
-
-def _words(objection: ev.Objection) -> tuple[str, str]:
-    return objection.reason, objection.detail
 
 
 def _same_work(one: Invitation, other: Invitation) -> bool:

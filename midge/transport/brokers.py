@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
@@ -45,6 +46,8 @@ log_dest stderr
 """
 _MOSQUITTO_RUNS = re.compile(r"mosquitto version \S+ running")
 _WATCHER = 'read -r _; kill -TERM "$1"'
+# Mosquitto's process waits until its watcher is there: killed in between, we would leave it behind.
+_GATE = 'read -r _ && exec "$@" </dev/null >/dev/null'
 
 
 class BrokerError(TransportError):
@@ -68,7 +71,10 @@ class LocalBroker:
         self.pid = process.pid
         self._process = process
         self._log = log
-        self._watcher = _watch(process.pid) if kind == "mosquitto" else None
+        self._watcher: subprocess.Popen[str] | None = None
+        if kind == "mosquitto":
+            self._watcher = _watch(process.pid)
+            _open_gate(process)
 
     def __repr__(self) -> str:
         state = "running" if self.is_running() else f"ended with {self._process.returncode}"
@@ -167,7 +173,8 @@ def _start_mosquitto(directory: Path, log: Path, port: int, options: Sequence[st
     # Started by root, Mosquitto would change to a user that may not exist, or not read the files named in `options`.
     user = ["user root"] if os.geteuid() == 0 else []
     config.write_text("\n".join([_MOSQUITTO_CONFIG.format(port=port, host=HOST), *user, *options, ""]))
-    broker = LocalBroker("mosquitto", port, _spawn([program, "-c", str(config)], log, subprocess.DEVNULL), log)
+    process = _spawn(["/bin/sh", "-c", _GATE, "sh", program, "-c", str(config)], log)
+    broker = LocalBroker("mosquitto", port, process, log)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while broker.is_running() and time.monotonic() < deadline:
         if _MOSQUITTO_RUNS.search(
@@ -180,18 +187,17 @@ def _start_mosquitto(directory: Path, log: Path, port: int, options: Sequence[st
 
 def _start_embedded(log: Path, port: int) -> LocalBroker:
     command = [sys.executable, "-m", "midge.transport.embedded", "--port", str(port)]
-    process = _spawn(command, log, subprocess.PIPE)
+    process = _spawn(command, log)
     said = _first_line(process.stdout, _START_TIMEOUT_S)
     if said.strip().isdecimal():
         return LocalBroker("embedded", int(said), process, log)
     raise _failed(LocalBroker("embedded", port, process, log))
 
 
-def _spawn(command: list[str], log: Path, pipes: int) -> subprocess.Popen[str]:
+def _spawn(command: list[str], log: Path) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
     with log.open("w") as stderr:
-        return subprocess.Popen(
-            command, stdin=pipes, stdout=pipes, stderr=stderr, text=True, close_fds=True, start_new_session=True
-        )
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, start_new_session=True)
 
 
 def _watch(pid: int) -> subprocess.Popen[str]:
@@ -204,6 +210,13 @@ def _watch(pid: int) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def _open_gate(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended, as will be seen
+        process.stdin.write("\n")
+        process.stdin.flush()
 
 
 def _first_line(stream: IO[str] | None, timeout_s: float) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -168,6 +169,16 @@ class Connection:
                 break
         return start >> 4, self._exactly(length)
 
+    def read_for(self, duration_s: float) -> list[tuple[int, bytes]]:
+        """All packets that come in so long."""
+        packets, deadline = [], time.monotonic() + duration_s
+        with suppress(TimeoutError):
+            while (left_s := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left_s)
+                packets.append(self.read())
+        self._socket.settimeout(PATIENCE_S)
+        return packets
+
     def expect(self, packet_type: int) -> bytes:
         """The body of the next packet of this type; others are passed over."""
         while True:
@@ -204,10 +215,11 @@ class ScriptedBroker:
         versions: the protocol level in each: 4 for 3.1.1, 5 for 5.
     """
 
-    def __init__(self, script: Callable[[Connection, int], None]) -> None:
+    def __init__(self, script: Callable[[Connection, int], None], tls: ssl.SSLContext | None) -> None:
         self._script = script
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"mqtt://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = f"{'mqtts' if tls else 'mqtt'}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connects: list[bytes] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -224,7 +236,8 @@ class ScriptedBroker:
     def _run(self) -> None:
         with suppress(OSError):
             while True:
-                connection = Connection(self._listener.accept()[0])
+                accepted = self._listener.accept()[0]
+                connection = Connection(self._tls.wrap_socket(accepted, server_side=True) if self._tls else accepted)
                 with suppress(EOFError, OSError):
                     self.connects.append(connection.expect(1))
                     self._script(connection, self.connects[-1][6])
@@ -264,8 +277,8 @@ def mosquitto(start_mosquitto):
 def scripted_broker():
     started = []
 
-    def start(script: Callable[[Connection, int], None]) -> ScriptedBroker:
-        started.append(ScriptedBroker(script))
+    def start(script: Callable[[Connection, int], None], tls: ssl.SSLContext | None = None) -> ScriptedBroker:
+        started.append(ScriptedBroker(script, tls))
         return started[-1]
 
     yield start

@@ -41,7 +41,7 @@ _TAIL_LINES = 40
 T = TypeVar("T")
 
 
-def wait_until(look: Callable[[], T], what: str, timeout_s: float = PATIENCE_S) -> T:
+def wait_until(look: Callable[[], T | None], what: str, timeout_s: float = PATIENCE_S) -> T:
     """The first true result of `look`, which is called again and again."""
     deadline = time.monotonic() + timeout_s
     while not (seen := look()):
@@ -171,7 +171,7 @@ class Federation:
     def start_agent(self, agent_id: str, *options: str, part: int = 0, **settings: object) -> Program:
         """`edge-agent run`."""
         own = ["--agent-id", agent_id, "--state-dir", str(self._directory / "agents"), "--data-dir"]
-        own += [str(self.control(agent_id)), "--index", str(part), "--of", "100"]
+        own += [str(self.control(agent_id)), "--index", str(part), "--of", str(part + 1)]
         return self._start(agent_id, "edge_agent", ["run", *self._common, *own, *options, *_assigned(settings)])
 
     def start_agents(self, number: int) -> list[Program]:
@@ -185,8 +185,8 @@ class Federation:
         for program in self.programs:
             program.end()
         for program in self.programs:
-            lines = program.log().splitlines()[-_TAIL_LINES:]
-            print(f"--- {self.name}: {program.name} (pid {program.pid})", *lines, sep="\n")
+            title = f"--- {self.name}: {program.name} (pid {program.pid})"
+            sys.stdout.write("\n".join([title, *program.log().splitlines()[-_TAIL_LINES:], ""]))
 
     def _start(self, name: str, module: str, arguments: Sequence[str]) -> Program:
         starts = sum(program.name.partition(".")[0] == name for program in self.programs)
@@ -304,7 +304,7 @@ class Federation:
     def get(self, path: str, state: str = "coordinator") -> tuple[int, str]:
         """Status and body of an answer."""
         try:
-            with urllib.request.urlopen(self.http_url(state) + path, timeout=PATIENCE_S) as answer:
+            with urllib.request.urlopen(self.http_url(state) + path, timeout=PATIENCE_S) as answer:  # noqa: S310  ours
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -328,10 +328,12 @@ def federated(task: Task, parts: Mapping[str, int], rounds: int, *, seed: int = 
     w <- sum (n_k / n) w_k in float64, agents in the order of their ids; an integer buffer takes the largest.
     """
     models = [task.initial_state(seed)]
-    data = {agent_id: task.load_data(DataSpec(part=part, num_parts=100)) for agent_id, part in sorted(parts.items())}
+    data = {agent_id: task.load_data(DataSpec(part=part)) for agent_id, part in sorted(parts.items())}
     for round_num in range(1, rounds + 1):
         trained = [
-            task.train(models[-1], data[agent_id], TrainSpec(seed=seed_of(seed, round_num, agent_id), **training), _mute)
+            task.train(
+                models[-1], data[agent_id], TrainSpec(seed=seed_of(seed, round_num, agent_id), **training), _mute
+            )
             for agent_id in data
         ]
         models.append(mean([one.state for one in trained], [one.num_examples for one in trained]))

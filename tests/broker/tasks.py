@@ -1,4 +1,4 @@
-"""Small tasks for federations of real processes: NumPy alone, so that a worker is up in a moment and a round takes milliseconds.
+"""Small tasks for federations of real processes: NumPy alone, so that a worker is up, and a round done, in a moment.
 
     linear      least squares of five parameters on a few examples: everything about it can be computed in a test
     wide        1.2 MB in many frames, and an integer buffer
@@ -52,7 +52,7 @@ class LinearTask:
 
     def load_data(self, spec: DataSpec) -> Examples:
         """4, 7, 10, ... examples for part 0, 1, 2, ...: no two agents weigh the same."""
-        if _fault(spec.data_dir) == "no data":
+        if _fault(spec.data_dir) == "no-data":
             raise TaskError(f"no examples in {spec.data_dir}: put some there")
         rng = np.random.default_rng([spec.seed, spec.part])
         inputs = rng.standard_normal((4 + 3 * spec.part, NUM_FEATURES))
@@ -117,7 +117,7 @@ def batch_norm() -> Any:
 
         def build_model(self) -> nn.Module:
             model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
-            model.register_buffer("scale", torch.full((2,), 0.1, dtype=torch.float64))
+            model.register_buffer("scale", torch.full((2,), 0.5, dtype=torch.float64))
             return model
 
         def load_data(self, spec: DataSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +175,7 @@ def _misbehave(trained: Trained, fault: str) -> Trained:
     state = dict(trained.state)
     match fault:
         case "raise":
-            raise ValueError("the sensor is broken")
+            raise ValueError("the sensor [/red] is broken")
         case "memory":
             np.ones(2**28)  # 2 GiB: the agent is started with less
         case "nan":

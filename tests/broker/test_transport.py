@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import resource
+import socket
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +24,10 @@ def test_it_speaks_version_5_where_the_broker_does_and_3_1_1_where_not(broker, p
     agent = peer(broker.url, "a")
     assert agent.seen == [Connected(VERSIONS[broker.kind], PACKET_LIMITS[broker.kind])]
     assert agent.transport.healthy
+
+
+def test_small_packets_leave_at_once(broker, peer):
+    assert peer(broker.url, "a").raw_socket().getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 def test_it_remembers_the_version_that_worked(broker, peer):
@@ -96,9 +105,30 @@ def test_a_will_fires_when_the_connection_breaks(broker, peer):
     watcher.sync()
     agent = peer(broker.url, "a", will=Will("agent/a/presence", b"offline", delay_s=0))
     agent.cut()
-    assert watcher.expect_message("agent/a/presence").payload == b"offline"
+    assert watcher.expect_message("agent/a/presence") == MessageReceived("agent/a/presence", b"offline", retained=False)
     agent.expect(Disconnected)
     agent.expect(Connected)
+    latecomer = peer(broker.url, "latecomer")
+    latecomer.transport.subscribe(["agent/a/presence"])
+    assert latecomer.expect_message("agent/a/presence") == MessageReceived(
+        "agent/a/presence", b"offline", retained=True
+    )
+
+
+def test_it_works_with_more_descriptors_than_select_can_watch(broker, peer):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    try:
+        with ExitStack() as opened:
+            null = opened.enter_context(Path(os.devnull).open("rb"))
+            for _ in range(1050):
+                opened.callback(os.close, os.dup(null.fileno()))
+            agent = peer(broker.url, "a")
+            assert agent.raw_socket().fileno() > 1024
+            agent.sync()
+            agent.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_will_fires_on_a_clean_stop_and_what_was_queued_is_sent(broker, peer):

@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from midge.eventqueue import EventQueue
 from midge.transport.base import (
     Connected,
     Disconnected,
@@ -108,23 +107,6 @@ def test_two_connections_with_one_client_id_end_each_other_until_somebody_reads_
     second.transport._backoff.next_wait_s = lambda _: 0.05
     first.expect(Disconnected)
     first.expect(Disconnected, lambda event: "client id" in event.reason)
-
-
-def test_a_read_pause_longer_than_the_keep_alive_does_not_cost_the_connection(mosquitto, peer):
-    sender = peer(mosquitto.url, "a")
-    receiver = peer(mosquitto.url, "b", events=EventQueue(limit_bytes=100_000), keepalive_s=1)
-    receiver.transport.subscribe(["t"])
-    receiver.sync()
-    tokens = [sender.transport.publish("t", number.to_bytes(100_000, "big")) for number in range(100)]
-    sender.expect_published(tokens[-1])
-    # The broker gives up after 1.5 s without a ping, paho after 2 s without an answer.
-    paused_until = time.monotonic() + 4
-    while time.monotonic() < paused_until:
-        sender.take(0.1)
-    numbers = [int.from_bytes(receiver.expect_message("t").payload, "big") for _ in range(100)]
-    assert numbers == list(range(100))
-    assert not any(isinstance(event, Disconnected) for event in receiver.seen)
-    receiver.sync()
 
 
 def test_an_idle_connection_stays_up_by_pings(mosquitto, peer):

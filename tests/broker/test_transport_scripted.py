@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from midge.eventqueue import EventQueue
 from midge.transport import network
 from midge.transport.base import Connected, Disconnected, MessageReceived, Published, SubscriptionDenied, Will
 
@@ -11,6 +14,7 @@ CONNACK_5 = b"\x20\x03\x00\x00\x00"
 CONNACK_3 = b"\x20\x02\x00\x00"
 REFUSED_VERSION = b"\x20\x02\x00\x01"
 WILL_FLAG = 0x04
+PATIENCE_S = 15.0
 
 
 def connack(version: int) -> bytes:
@@ -148,26 +152,47 @@ def test_a_message_that_the_broker_refuses_still_frees_its_place(scripted_broker
 
 
 def test_it_keeps_to_the_brokers_receive_maximum(scripted_broker, peer):
-    sent, acknowledged = [], []
+    seen_before_an_answer = []
 
     def script(connection, version):
         connection.send(b"\x20\x06\x00\x00\x03\x21\x00\x02")  # Receive Maximum 2
+        waiting = connection.read_for(0.5)
+        seen_before_an_answer.append(len(waiting))
         while True:
-            packet_type, body = connection.read()
-            if packet_type == 3:
-                sent.append(body[3:5])
-                assert len(sent) - len(acknowledged) <= 2
-                if len(sent) - len(acknowledged) == 2:
-                    acknowledged.append(sent[len(acknowledged)])
-                    connection.send(b"\x40\x02" + acknowledged[-1])
+            for _, body in waiting:
+                connection.send(b"\x40\x02" + body[3:5])
+            waiting = [connection.read()]
 
     agent = peer(scripted_broker(script).url, "a")
     tokens = [agent.transport.publish("t", b"x") for _ in range(50)]
-    agent.expect_published(tokens[-2])
-    assert len(sent) == 50
+    for token in tokens:
+        agent.expect_published(token)
+    assert seen_before_an_answer == [2]
 
 
-def test_a_topic_that_is_not_utf_8_is_dropped_and_the_next_message_comes(scripted_broker, peer):
+def test_a_read_pause_longer_than_the_keep_alive_does_not_cost_the_connection(scripted_broker, peer):
+    pinged = threading.Event()
+
+    def script(connection, version):
+        connection.send(connack(version))
+        for _ in range(10):
+            connection.send(b"\x30\xd4\x86\x03\x00\x01t\x00" + bytes(50_000))
+        for _ in range(12):  # each quarter of a second: paho would give up after 2 s without an answer that it can read
+            connection.expect(12)
+        pinged.set()
+        while True:
+            connection.expect(12)
+            connection.send(b"\xd0\x00")
+
+    agent = peer(scripted_broker(script).url, "a", keepalive_s=1, events=EventQueue(limit_bytes=100_000))
+    assert pinged.wait(PATIENCE_S)
+    assert len(agent.events) < 10
+    for _ in range(10):
+        assert len(agent.expect_message("t").payload) == 50_000
+    assert not any(isinstance(event, Disconnected) for event in agent.seen)
+
+
+def test_a_topic_that_is_not_utf_8_is_dropped_and_the_next_message_comes(scripted_broker, peer, caplog):
     def script(connection, version):
         connection.send(connack(version))
         connection.send(b"\x30\x06\x00\x02\xff\xfe\x00x")
@@ -177,6 +202,7 @@ def test_a_topic_that_is_not_utf_8_is_dropped_and_the_next_message_comes(scripte
     agent = peer(scripted_broker(script).url, "a")
     assert agent.expect(MessageReceived) == MessageReceived("t", b"y")
     assert agent.transport.healthy
+    assert caplog.text == ""  # a peer's mistake is no error of ours
 
 
 @pytest.mark.parametrize(

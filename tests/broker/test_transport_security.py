@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
+import ssl
 import subprocess
 from pathlib import Path
 
@@ -75,6 +76,20 @@ def test_a_connection_with_the_right_ca_is_encrypted_and_carries_frames(start_tl
     agent = peer(f"mqtts://{start_tls()}", "a", security={"ca_file": certificates / "ca.crt"})
     assert agent.link._client.socket().version() in {"TLSv1.2", "TLSv1.3"}
     exchange(agent)
+
+
+def test_many_messages_in_one_tls_record_are_all_read_at_once(scripted_broker, certificates, peer):
+    def script(connection, version):
+        connection.send(b"\x20\x03\x00\x00\x00")
+        connection.send(b"".join(b"\x30\x05\x00\x01t\x00" + bytes([number]) for number in range(200)))
+        connection.wait_for_end()
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
+    broker = scripted_broker(script, context)
+    agent = peer(broker.url, "a", security={"ca_file": certificates / "ca.crt"})
+    # The socket has nothing more to say: what is not read now waits for the next look at the keep-alive, in 5 s.
+    assert [agent.expect_message("t", timeout_s=3).payload[0] for _ in range(200)] == list(range(200))
 
 
 def test_it_reconnects_over_tls(start_tls, certificates, peer):

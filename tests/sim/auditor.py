@@ -182,7 +182,7 @@ class Auditor:
 
     def _check_growth(self) -> None:
         federation = self._federation
-        num_agents, num_frames = len(federation.agents), federation.num_frames
+        num_agents, num_frames = federation.num_agents, federation.num_frames
         assert len(federation.spool) <= 6 * num_agents * num_frames, f"I8: {len(federation.spool)} frames in the spool"
         assert len(federation.store.update_rows) <= (KEPT_ROUNDS + 1) * num_agents, "I8: updates pile up in the store"
         assert len(federation.models) <= 8, "I8: models pile up"

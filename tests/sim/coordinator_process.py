@@ -17,7 +17,7 @@ from tests.sim.process import Process, WatchedTransport
 if TYPE_CHECKING:
     from tests.sim.federation import Federation
 
-_KEEP_MODELS = 2
+_KEEP_MODELS = 3  # of fewer, one could be gone before it is evaluated
 
 
 class CoordinatorProcess(Process):
@@ -71,8 +71,7 @@ class CoordinatorProcess(Process):
     def stop(self) -> None:
         """Stop it as an operator does; it goes on when it is started again."""
         self.driver.step(ev.StopAsked(), self.now())
-        self._turn(self.now())
-        self._farewell()
+        self._turn(self.now())  # says farewell, since the run is over for this process
 
     def close_round(self) -> None:
         """Close the round as an operator does."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -70,6 +71,7 @@ class Federation:
         self.history: deque[tuple[float, str, object]] = deque(maxlen=80)
         self.topics = Topics("sim")
         self.num_frames = num_frames
+        self.num_agents = len(behaviours)
         self.layout = layout_of(FRAME_ELEMENTS * num_frames - 1)
         self.framing = Framing(self.layout.num_elements, FRAME_ELEMENTS)
         honest = [f"agent-{index}" for index, behaviour in enumerate(behaviours) if not behaviour.lie]
@@ -200,6 +202,7 @@ def told(federation: Federation, command: str):
     try:
         yield
     except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
         raise AssertionError(
-            f"{type(error).__name__}: {error}\nat {federation.now:.4f} s; replay: {command}\n{federation.story()}"
+            f"{type(error).__name__}: {error or where.line}\n{where.filename}:{where.lineno}, at {federation.now:.4f} s; replay: {command}\n{federation.story()}"
         ) from error

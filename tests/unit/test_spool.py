@@ -19,7 +19,7 @@ from midge.wire.frames import decode_frame, encode_frame, run_tag
 TAG = bytes(range(8))
 OTHER_TAG = bytes(8)
 RECORD_BYTES = 56
-EXTENT = 1024 * 1024
+EXTENT = 2 * 1024 * 1024
 
 
 def frame_of(index, values, tag=TAG, codec=FLOAT32, num_elements=None):
@@ -254,8 +254,8 @@ def test_a_write_that_is_cut_short_is_finished(spool, monkeypatch, reopened):
     assert read(reopened(spool), "pi-1", 0) == [1, 2, 3]
 
 
-def test_a_segment_beyond_1_mib_grows_in_extents_and_is_recovered_to_its_end(spool, path, reopened):
-    values = np.arange(100_000, dtype=np.float32)  # 400 kB: the third record crosses 1 MiB
+def test_a_segment_beyond_2_mib_grows_in_extents_and_is_recovered_to_its_end(spool, path, reopened):
+    values = np.arange(200_000, dtype=np.float32)  # 800 kB: the third record crosses 2 MiB
     for index in range(2):
         put(spool, "pi-1", index, values)
     assert path.stat().st_size == spool.size_bytes < EXTENT
