@@ -42,6 +42,8 @@ __all__ = ["FINAL", "Resumed", "Run", "RunState", "Version"]
 
 _ROLL_CALL_EVERY_S = 10.0
 _ROLL_CALL_AT_LEAST_EVERY_S = 300.0
+_HEARD_WITHIN_S = 60.0
+"""Whoever is not heard of for so long after our connection was lost may have died meanwhile, its will lost with the broker."""
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
@@ -110,6 +112,7 @@ class Run:
         self._starts_by = now + config.start_deadline_s
         self._started = False
         self._roll_call_at = -math.inf
+        self._heard_by = math.inf
         self._delta_norm = 0.0
         self._saved_attempt: _SeenAttempt | None = None
         self._saved_run: object = None
@@ -154,7 +157,7 @@ class Run:
             return math.inf
         times = [self._pause_until]
         if self.attempt is not None:
-            times.append(self.attempt.deadline())
+            times += [self.attempt.deadline(), self._heard_by]
         if self._may_fail_to_start():
             times.append(self._starts_by)
         times.append(self._roll_call_due_at())
@@ -208,7 +211,7 @@ class Run:
             pending = sum(1 for transfer in self.attempt.uplink.transfers.values() if transfer.header is not None)
         received, settled = self.tallies.num_received, self.tallies.num_settled
         assert received == settled + pending, f"I9: received {received}, settled {settled}, pending {pending}"
-        assert len(self._evaluating) <= 2, "evaluations pile up"
+        assert len(self._evaluating) <= 3, "evaluations pile up"  # two that an earlier process left, and one
 
     # What events do.
 
@@ -233,9 +236,11 @@ class Run:
                 self._connected = True
                 self._forget_publication()
                 self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
+                self._heard_by = self.now + _HEARD_WITHIN_S
                 return [ev.CallRoll()]  # whatever the run does: nobody is known to be here any more
             case ev.BrokerLost():
                 self._connected = False
+                self._heard_by = math.inf
                 self._forget_publication()
             case ev.ModelPublished(round_num):
                 return self._on_published(round_num)
@@ -273,6 +278,13 @@ class Run:
         if change is Change.LEFT:
             return self._to_round(changed) + self._to_round(rounds.AgentLost(agent_id))
         return self._to_round(rounds.AgentReturned(agent_id)) + self._to_round(changed)
+
+    def _give_up_unheard(self) -> list[ev.Command]:
+        """Lose the members of the cohort that answered no roll call since our connection was lost."""
+        awaited = self.attempt.round.awaited if self.attempt is not None else ()
+        available = self._available()
+        unheard = [agent_id for agent_id in awaited if agent_id not in available]
+        return [command for agent_id in unheard for command in self._to_round(rounds.AgentLost(agent_id))]
 
     def _on_offer(self, event: ev.UpdateOffered) -> list[ev.Command]:
         self.tallies.add("received")
@@ -429,6 +441,9 @@ class Run:
     def _settle(self) -> list[ev.Command]:
         """Apply what the passing of time decides, before an event is looked at."""
         commands = self._to_round(rounds.TimePassed())
+        if self.now >= self._heard_by:
+            self._heard_by = math.inf
+            commands += self._give_up_unheard()
         if self.now >= self._pause_until:
             self._pause_until = math.inf
             commands += self._go_on()

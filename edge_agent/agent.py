@@ -15,10 +15,11 @@ Work passes FETCHING -> TRAINING -> UPLOADING -> AWAITING_RECEIPT -> IDLE, and f
 refusal or a failure. Every event is legal in every state: a network may deliver anything at any time. What does not match
 the invitation at hand is stale, noted and ignored; an invitation of an older epoch than the newest one seen is ignored.
 
-An invitation that is older than the newest one, or whose work has ended already, is a late delivery: it begins nothing, but a
-refusal is said again, since nobody acknowledges one. A newer invitation replaces the work at hand. If it is for the same (run, round, model) it changes only the address, that is
-the epoch and the attempt: a training goes on, and a finished update is offered again, never trained again. A finished
-update is kept on disk until a receipt, or until an invitation for something else.
+An invitation that is older than the newest one, or whose work has ended already, is a late delivery: it begins nothing, but
+a refusal is said again, since nobody acknowledges one. A newer invitation replaces the work at hand. If it is for the same
+(run, round, model) it changes only the address, that is the epoch and the attempt: a training goes on, and a finished update
+is offered again, never trained again. A finished update is kept on disk until a receipt, or until an invitation for
+something else.
 """
 
 from __future__ import annotations

@@ -215,8 +215,7 @@ def _watch(pid: int) -> subprocess.Popen[str]:
 def _open_gate(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has ended, as will be seen
-        process.stdin.write("\n")
-        process.stdin.flush()
+        os.write(process.stdin.fileno(), b"\n")
 
 
 def _first_line(stream: IO[str] | None, timeout_s: float) -> str:
