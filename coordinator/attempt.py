@@ -295,7 +295,8 @@ class Attempt:
             return [self._settle(agent_id, "duplicate"), ev.Send(agent_id, receipt)]
         note = self._settle(agent_id, "late", "stale")
         if same_round and self.round.is_open_to(agent_id):
-            return [note, *self._invite((agent_id,), now)]  # it does not know of our new epoch, or of the new attempt
+            # It does not know of our new epoch, or of the new attempt: it is invited as one that has just come.
+            return [note, *self.step(rounds.AgentReturned(agent_id), now)]
         return [note, *turn_away(agent_id, header, self.address.epoch)]
 
     def _drop_transfer(self, agent_id: str, now: float, reason: str = "closed") -> list[Output]:
@@ -389,10 +390,8 @@ class Attempt:
         self.round.check()
         self.uplink.check()
         assert set(self.round.reported) <= set(self.accepted), "an update that counts is not stored"
-        if self.round.state is not RoundState.COLLECTING:
-            assert not self.uplink.transfers or self.round.state is RoundState.SELECTING, (
-                "a transfer outlived its round"
-            )
+        waiting = self.round.awaited if self.round.state is RoundState.COLLECTING else ()
+        assert self.uplink.transfers.keys() <= set(waiting), "credit is kept for agents that are not waited for"
 
 
 def cancel(agent_id: str, address: Address, reason: str = "late") -> ev.Send:

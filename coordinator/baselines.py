@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from coordinator.models import ModelStore
 from coordinator.report import Learned, Report, Round
@@ -102,16 +103,15 @@ class _Comparison:
 
     def __init__(self, job: Compare, reply: Callable[[bytes], None]) -> None:
         began = time.monotonic()
-        import torch  # noqa: PLC0415  the parent imports this file for its messages
-
-        from midge.tasks.digits import DigitsTask  # noqa: PLC0415
+        from midge.tasks.digits import DigitsTask  # noqa: PLC0415  the parent imports this file for its messages
 
         self._job = job
         self._reply = reply
         self._task: DigitsTask = DigitsTask()
         self._test = self._task.test_data()
-        is_other = ~torch.isin(self._test[1], torch.tensor(job.classes))
-        self._others = (self._test[0][is_other], self._test[1][is_other])
+        images, labels = self._test
+        others = np.flatnonzero(~np.isin(labels.numpy(), job.classes))
+        self._others = (images[others], labels[others])
         self._start_s = time.monotonic() - began
 
     def run(self) -> Compared:

@@ -206,9 +206,6 @@ def demo(rounds: int, num_agents: int, out: Path, as_json: bool, broker: str | N
       coordinator demo
       coordinator demo --rounds 10 --agents 5 --out /tmp/demo --json
     """
-    from coordinator.interrupts import exit_at_once  # noqa: PLC0415
-
-    exit_at_once()  # on Ctrl-C; the demonstration, once it is imported, ends with more care
     from coordinator import demo as demonstration  # noqa: PLC0415
 
     sys.exit(demonstration.run(rounds, num_agents, out, as_json=as_json, broker=broker, seed=seed))

@@ -92,6 +92,7 @@ def _demonstrate(plan: Plan, interrupts: Interrupts, *, as_json: bool) -> Report
         at_end.callback(helper.stop)
         report = _compare(plan, federation, outcome, helper)
         helper.ask(baselines.Draw(report=report, path=str(plan.out / "report.png")))
+    interrupts.check()
     report.wall_s = time.monotonic() - began
     (plan.out / "report.json").write_bytes(_json(report))
     return report
@@ -177,7 +178,7 @@ class _Helper:
 
 def _screen(plan: Plan, federation: Federation, *, as_json: bool) -> Screen:
     shared = federation.service.shared
-    if _errors.is_terminal and not as_json:
+    if _errors.is_terminal and not _errors.is_dumb_terminal and not as_json:
         return LiveScreen(plan, shared, federation.broker, _errors)
     return PlainScreen(plan, shared, federation.broker, Console(stderr=True, highlight=False, quiet=as_json))
 

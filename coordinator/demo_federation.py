@@ -172,10 +172,7 @@ class Federation:
         if self._problem:
             raise DemoError(self._problem)
         if self.service.state is not RunState.DONE:
-            board = self.service.shared.board
-            raise DemoError(
-                "\n".join([f"the run failed: {board.reason}", *board.events[-3:], f"See {self._plan.log_dir}."])
-            )
+            raise DemoError(self._failure())
         return self._outcome()
 
     def _reach_broker(self, undo: ExitStack) -> Mapping[str, str]:
@@ -194,6 +191,7 @@ class Federation:
     def _make_service(self, environ: Mapping[str, str]) -> None:
         plan = self._plan
         options: dict[str, Any] = {
+            "broker": environ["MIDGE_BROKER"],  # its place, where it is wrong, is the option
             "federation": f"demo-{secrets.token_hex(3)}",
             "task": "digits",
             "rounds": plan.rounds,
@@ -236,7 +234,15 @@ class Federation:
         board = self.service.shared.board
         if board.is_connected or time.monotonic() - self._began < _UNREACHABLE_S:
             return ""
-        return f"broker {board.broker}: {board.broker_problem or 'no answer'} (for {_UNREACHABLE_S:.0f} s)"
+        return f"{board.broker_problem or f'{board.broker}: no answer'} (given up after {_UNREACHABLE_S:.0f} s)"
+
+    def _failure(self) -> str:
+        """Why the run failed, and what agents said of it."""
+        board = self.service.shared.board
+        said = [
+            f"  {agent.agent_id} {agent.activity}: {agent.detail}" for agent in board.agents.values() if agent.detail
+        ]
+        return "\n".join([f"the run failed: {board.reason}", *said, f"The logs are in {self._plan.log_dir}."])
 
     def _outcome(self) -> Outcome:
         store = Store(self._plan.state_dir, read_only=True)

@@ -98,7 +98,7 @@ def summary(report: Report) -> str:
     federated, alone, central = (
         way.accuracy * 100 for way in (report.federated, report.single_agent, report.centralized)
     )
-    gained = f"Together: {federated - alone:+.1f} points of accuracy over {report.first_agent} alone"
+    gained = f"Together: {federated - alone:+.1f} points over {report.first_agent} alone"
     return f"{gained}, {federated - central:+.1f} against all data in one place."
 
 

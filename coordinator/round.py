@@ -322,7 +322,7 @@ class Round:
         if self.state is not RoundState.COLLECTING:
             return math.inf
         next_resend = min((member.resend_at for member in self._members.values()), default=math.inf)
-        return min(self._ends_at, next_resend, math.inf if self.awaited else self._grace_ends_at())
+        return min(self._ends_at, next_resend, math.inf if self._count(*_WAITING) else self._grace_ends_at())
 
     def _settle_members(self) -> list[Command]:
         again: list[str] = []
@@ -344,16 +344,19 @@ class Round:
         return [*commands, *([Invite(tuple(again))] if again else []), *self._replace()]
 
     def _settle_end(self) -> list[Command]:
-        num_reported, grace_ends_at = len(self.reported), self._grace_ends_at()
+        num_reported, num_awaited = self._count(MemberState.REPORTED), self._count(*_WAITING)
         if self.config.target and num_reported >= max(self.config.target, self.config.quorum):
             return self._close()
-        if num_reported >= self.config.quorum and (not self.awaited or self.now >= self._ends_at):
+        if num_reported >= self.config.quorum and (not num_awaited or self.now >= self._ends_at):
             return self._close()
-        if not self.awaited and self.now >= grace_ends_at and grace_ends_at <= self._ends_at:
+        if not num_awaited and self._grace_ends_at() <= min(self.now, self._ends_at):
             return self._abandon(self._shortfall("with nobody left to wait for"))
         if self.now >= self._ends_at:
             return self._abandon(self._shortfall(f"after {self.config.report_deadline_s:g} s"))
         return []
+
+    def _count(self, *states: MemberState) -> int:
+        return sum(1 for member in self._members.values() if member.state in states)
 
     def _grace_ends_at(self) -> float:
         """Until when lost members may come back once nobody is waited for; minus infinity where none is lost."""
@@ -442,9 +445,11 @@ class Round:
 
     def _replace(self) -> list[Command]:
         """Invite the next agents of the draw for those that will not report, up to the number first invited."""
-        short = self._num_invited_first - len(self.awaited) - len(self.reported)
+        short = self._num_invited_first - self._count(*_WAITING, MemberState.REPORTED)
+        if short <= 0 or not self.config.target:
+            return []
         spare = self._available - self._members.keys()
-        if short <= 0 or not spare or not self.config.target:
+        if not spare:
             return []
         chosen = self._draw(spare)[:short]
         for agent_id in chosen:

@@ -79,7 +79,7 @@ class Agent:
         self.update = update
         self._rng = rng
         self._connected = False
-        self._coordinator_online = False
+        self._coordinator_is_away = False
         self._head: Head | None = None
         self._watching = ""
         self._pull: Pull | None = None
@@ -194,6 +194,9 @@ class Agent:
                 return self._on_finished(update)
             case ev.TrainingFailed(objection):
                 return self._refuse(objection) if self.work is AgentState.TRAINING else []
+            case ev.DiskFailed(detail, lost_update):
+                self.update = None if lost_update else self.update
+                return self._refuse(ev.Objection("disk", detail)) if self.invitation is not None else []
             case ev.ModelChecked(is_right):
                 return self._on_checked(is_right=is_right)
             case ev.CoordinatorSeen():
@@ -204,7 +207,7 @@ class Agent:
             case ev.BrokerConnected():
                 return self._on_connected()
             case ev.BrokerLost():
-                self._connected = self._coordinator_online = False
+                self._connected = self._coordinator_is_away = False
             case ev.TimePassed():
                 pass
         return []
@@ -229,8 +232,8 @@ class Agent:
     def _on_coordinator(self, event: ev.CoordinatorSeen) -> list[ev.Command]:
         if event.status.epoch < self.epoch:
             return [ev.Stale("presence of an older coordinator")]
-        came_back = event.status.online and not self._coordinator_online
-        self._coordinator_online = event.status.online
+        came_back = event.status.online and self._coordinator_is_away
+        self._coordinator_is_away = not event.status.online
         self.epoch = event.status.epoch
         if came_back and self._push is not None:
             self._push.asked(self.now)
@@ -238,7 +241,7 @@ class Agent:
         return []
 
     def _can_upload(self) -> bool:
-        return self._connected and self._coordinator_online
+        return self._connected and not self._coordinator_is_away  # where nobody has said so, it is worth asking
 
     # Invitations.
 
@@ -252,7 +255,7 @@ class Agent:
         self._newest = invitation
         self._refusal = None
         self.epoch = invitation.epoch
-        self._coordinator_online = True
+        self._coordinator_is_away = False
         if self.invitation is not None and _same_work(self.invitation, invitation):
             return self._renew(invitation)
         commands = self._abandon_work()
@@ -268,7 +271,7 @@ class Agent:
 
     def _renew(self, invitation: Invitation) -> list[ev.Command]:
         """The same work under the same or another address: a new attempt, a new epoch, or a repetition."""
-        is_new = invitation != self.invitation
+        is_new = self.invitation is None or _address(invitation) != _address(self.invitation)
         self.invitation = invitation
         commands: list[ev.Command] = [ev.WriteInvitation(invitation)] if is_new else []
         commands.append(self._say(Acceptance))
@@ -373,7 +376,7 @@ class Agent:
     def _on_told(self, message: Credit | Receipt | Cancel) -> list[ev.Command]:
         if self.invitation is None or _address(message) != _address(self.invitation):
             return [ev.Stale(type(message).__name__.lower())]
-        self._coordinator_online = True
+        self._coordinator_is_away = False
         match message:
             case Credit():
                 return self._on_credit(message)
@@ -387,7 +390,10 @@ class Agent:
         if self._push is None:
             return []
         self._push.acknowledge(credit.missing, credit.credit, self.now)
-        commands: list[ev.Command] = [self._header()] if credit.need_header else []
+        commands: list[ev.Command] = []
+        if credit.need_header:  # without it, all frames that came were dropped: its answer says which to send again
+            self._push.asked(self.now)
+            commands.append(self._header())
         return commands + self._send_frames()
 
     def _on_receipt(self, receipt: Receipt) -> list[ev.Command]:

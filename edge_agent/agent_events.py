@@ -130,6 +130,14 @@ class TrainingFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskFailed:
+    """The disk is full or fails: the command was not done, nor those after it. Maybe the finished update cannot be read."""
+
+    detail: str
+    lost_update: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     """Nothing but time."""
 
@@ -147,6 +155,7 @@ Event = (
     | TrainingProgressed
     | TrainingFinished
     | TrainingFailed
+    | DiskFailed
     | TimePassed
 )
 

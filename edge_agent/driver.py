@@ -117,7 +117,11 @@ class Driver:
         events = [event]
         while events:
             for command in self.agent.step(events.pop(0), now):
-                result = self._perform(command, now)
+                try:
+                    result = self._perform(command, now)
+                except OSError as error:
+                    events.append(self._disk_failed(error, lost_update=isinstance(command, ev.SendFrames)))
+                    break  # what follows says that it was done
                 if result is not None:
                     events.append(result)
 
@@ -161,6 +165,9 @@ class Driver:
         except ValueError as error:
             log_event(_log, logging.WARNING, "frame refused", agent=self.agent_id, error=error)
             return
+        except OSError as error:
+            self.step(self._disk_failed(error), now)
+            return
         self.step(ev.FrameStored(index), now)
 
     # What goes out.
@@ -196,6 +203,10 @@ class Driver:
             case ev.StateChanged() | ev.RoundEnded() | ev.Stale():
                 self._note(command)
         return None
+
+    def _disk_failed(self, error: OSError, *, lost_update: bool = False) -> ev.DiskFailed:
+        log_event(_log, logging.ERROR, "disk failed", agent=self.agent_id, error=error)
+        return ev.DiskFailed(f"{error.strerror or error}; free some space, or choose another --state-dir", lost_update)
 
     def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         try:

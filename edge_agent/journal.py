@@ -9,14 +9,18 @@ One directory per agent:
                        then its header as JSON, then a footer that says how long the header is, and its CRC-32
 
 An update exists once its footer is whole: it is written last, and one sync makes all of it durable. Files are written in place,
-so that nothing else need be synced. The invitation is not: it must outlive a kill, and after a power failure the coordinator
-invites again. No numpy here: the supervisor handles bytes.
+so that nothing else need be synced. A power failure before that sync may keep the footer and lose what is before it, and cards
+forget bits: what an earlier process left is compared with its digest, since a damaged update would be sent in vain for ever.
+The invitation is not synced: it must outlive a kill, and after a power failure the coordinator invites again. No numpy here: the
+supervisor handles bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import os
 import struct
 import zlib
@@ -27,8 +31,8 @@ from typing import Protocol
 import msgspec
 
 from edge_agent.agent_events import FinishedUpdate
-from midge.wire.errors import MessageError
-from midge.wire.frames import ELEMENT_BYTES, HEADER_BYTES
+from midge.wire.errors import FrameError, MessageError
+from midge.wire.frames import ELEMENT_BYTES, HEADER_BYTES, decode_frame, update_digest
 from midge.wire.layout import Layout, model_hash
 from midge.wire.messages import Head, Invitation, decode, encode
 
@@ -100,9 +104,10 @@ class Journal:
             return None
 
     def update(self) -> FinishedUpdate | None:
-        """The finished update, if there is one and it is whole."""
+        """The finished update, if there is one, and every byte of it is as it was written."""
         try:
-            return read_update(self.update_path)
+            update = read_update(self.update_path)
+            return update if update is not None and self._is_sound(update) else None
         except OSError:
             return None
 
@@ -148,9 +153,13 @@ class Journal:
         if self._update_fd < 0:
             self._update_fd = os.open(self.update_path, os.O_RDONLY | os.O_CLOEXEC)
         # All frames but the last are of one length, which the first one's header has at byte 24.
-        first, last = self._body_bytes(0), update.frames_bytes
-        start = index * (HEADER_BYTES + first)
-        return os.pread(self._update_fd, min(HEADER_BYTES + first, last - start), start)
+        frame_bytes = HEADER_BYTES + self._body_bytes(0)
+        start = index * frame_bytes
+        expected = max(0, min(frame_bytes, update.frames_bytes - start))
+        frame = os.pread(self._update_fd, expected, start)
+        if len(frame) < expected:
+            raise OSError(errno.EIO, f"{self.update_path} ends within frame {index}: it was cut")
+        return frame
 
     def forget_update_file(self) -> None:
         """A new update is about to be written in place of the old."""
@@ -161,6 +170,16 @@ class Journal:
         self._close_model()
         self._close_update()
         os.close(self._lock_fd)
+
+    def _is_sound(self, update: FinishedUpdate) -> bool:
+        """Whether the frames add up to the update's digest. Reads them all, one at a time."""
+        try:
+            bodies = (decode_frame(self.read_frame(update, index)).body for index in range(update.num_frames))
+            return update_digest(hashlib.sha256(body).digest() for body in bodies) == update.update_digest
+        except FrameError:
+            return False
+        finally:
+            self._close_update()
 
     def _body_bytes(self, offset: int) -> int:
         return int.from_bytes(os.pread(self._update_fd, 4, offset + 24), "little")

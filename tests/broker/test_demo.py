@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,10 +15,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
+from coordinator.board import AgentView, Board, RoundView, Shared
 from coordinator.demo_agents import deal_labels
+from coordinator.demo_federation import Plan
+from coordinator.demo_screen import LiveScreen
 from coordinator.report import Learned, Report, Round, judge
 from midge.transport.base import MessageReceived
+from midge.wire.messages import Evaluation
 
 PATIENCE_S = 40.0
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -184,7 +191,7 @@ def test_killed_it_leaves_no_process_behind(start_demo):
 
 def test_an_agent_that_dies_is_named_and_somebody_elses_broker_is_left_as_it_was(start_demo, mosquitto, peer):
     demo = start_demo("--rounds", "1000", "--agents", "2", "--broker", mosquitto.url)
-    demo.wait_until(lambda: "round 1 of" in demo.errors())
+    demo.wait_until(lambda: demo.has("edge_agent.worker", 2))
     retained = peer(mosquitto.url, "before")
     retained.transport.subscribe(["midge/1/#"])
     retained.expect(MessageReceived, lambda event: event.retained)
@@ -207,6 +214,31 @@ def test_wrong_use_is_told_in_one_line_before_anything_is_started(start_demo, tm
     status, _ = demo.wait()
     assert status == 2
     assert demo.errors() == f"coordinator: {demo.out}: Not a directory; choose another directory with --out\n"
+
+
+def test_the_screen_shows_agents_rounds_and_what_the_federation_is_compared_with():
+    plan = Plan(rounds=4, num_agents=2, seed=0, broker=None, out=Path("unused"))
+    board = Board(federation="demo", broker="", rounds=4, status="round 3 of 4: 0 of 2 updates", is_connected=True)
+    board.agents["agent-1"] = AgentView("agent-1", activity="training", fraction=0.5)
+    for number, accuracy in enumerate([0.1, 0.6, 0.8]):
+        score = Evaluation(num_examples=360, loss=1.0 - accuracy, metrics={"accuracy": accuracy})
+        board.history[number] = RoundView(number, duration_s=[0.0, 9.0, 1.5][number], central=score)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with LiveScreen(plan, Shared(board), "mosquitto", console) as screen:
+        screen.advanced("single_agent", Round(round=3, accuracy=0.75, loss=0.5, duration_s=0.1))
+    with console.capture() as captured:
+        console.print(screen._display._view())
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", captured.get()).splitlines()]
+    assert lines[0] == "Midge: 2 agents learn to read digits, over MQTT (mosquitto)"
+    assert lines[2].endswith(
+        "2/4 about 3 s left"
+    )  # two more as the second, of 1.5 s: the first has the agents' start in it
+    assert lines[3] == "accuracy 80.0% ▁▆█  loss 0.2000"  # of eight heights: (0.6 - 0.1) / (0.8 - 0.1) * 8 = 5.7
+    assert lines[4].startswith("agent-1  has 1,2,3,4,5  training")
+    assert lines[5] == "round 3 of 4: 0 of 2 updates"
+    assert re.fullmatch(r"agent-1 alone +━.* 3/4 75.0%", lines[8])
+    assert re.fullmatch(r"all data in one place ━.* 0/4", lines[9])
+    assert "Round 1 takes longer" not in captured.get()
 
 
 def test_labels_are_dealt_in_order_and_evenly():

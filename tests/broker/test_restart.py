@@ -75,8 +75,7 @@ def test_a_broker_killed_in_mid_round_forgets_everything_and_the_round_commits(b
     assert federation.trainings("agent-0") == federation.trainings("agent-1") == each_once
 
 
-def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(mosquitto, make_federation, tmp_path):
-    federation = make_federation(mosquitto.url)
+def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(federation, tmp_path):
     federation.hold("agent-1", training=1)
     agents = federation.start_agents(2)
     coordinator = federation.start_coordinator(rounds=2, min_agents=2, **BATCHES)
@@ -93,8 +92,7 @@ def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(mosquitt
     assert federation.attempts(1)[0] == 1
 
 
-def test_finished_work_outlives_the_coordinators_absence_and_the_agents_own_death(mosquitto, make_federation, tmp_path):
-    federation = make_federation(mosquitto.url)
+def test_finished_work_outlives_the_coordinators_absence_and_the_agents_own_death(federation, tmp_path):
     for agent_id in ("agent-0", "agent-1"):
         federation.hold(agent_id, training=1)
     agents = federation.start_agents(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,12 +34,14 @@ class Behaviour:
         training_s: shortest and longest training.
         refuses: probability that it objects to an invitation.
         fails: probability that its worker dies while training.
+        disk_fails: probability that it cannot read or write, at each operation on its journal.
         lie: what is wrong with every update of it; "" for an honest one.
     """
 
     training_s: tuple[float, float] = (0.01, 0.02)
     refuses: float = 0.0
     fails: float = 0.0
+    disk_fails: float = 0.0
     lie: str = ""
 
 
@@ -98,6 +101,7 @@ class MemoryJournal:
         return hasher.hexdigest() == head.model_digest
 
     def read_frame(self, update: ev.FinishedUpdate, index: int) -> bytes:
+        self._tick()
         assert self._work is not None, f"an update is sent that is not on disk: {update}"
         assert self._work[0].update_digest == update.update_digest, f"{update} is sent, {self._work[0]} is on disk"
         return self._work[1][index]
@@ -115,7 +119,7 @@ class AgentProcess(Process):
     def __init__(self, federation: Federation, agent_id: str, behaviour: Behaviour) -> None:
         super().__init__(federation, agent_id)
         self.behaviour = behaviour
-        self.journal = MemoryJournal(self.tick)
+        self.journal = MemoryJournal(self._use_disk)
         self._training = 0
         self._is_wanted = False
 
@@ -178,6 +182,11 @@ class AgentProcess(Process):
             assert on_disk is not None, f"{self.name} announces what is not on disk: {message}"
             assert message is None or message.update_digest == on_disk.update_digest, f"{message} is not {on_disk}"
 
+    def _use_disk(self) -> None:
+        self.tick()
+        if self.behaviour.disk_fails and self.federation.rng.random() < self.behaviour.disk_fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     # The trainer, as `edge_agent.trainer` and its worker behave.
 
     def train(self, invitation: Invitation, head: Head, now: float) -> None:
@@ -198,7 +207,7 @@ class AgentProcess(Process):
         self.call_later(training_s, lambda: self._finish(number, invitation, head, model))
 
     def cancel(self, now: float) -> None:
-        """See `TrainerLike`. The worker may not notice in time, and finish all the same."""
+        """See `TrainerLike`. The worker does not notice in time, and finishes all the same."""
         self.tick()
         self._is_wanted = False
 

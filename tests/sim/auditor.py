@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coordinator import run_events as ev
-from coordinator.round import MemberState
 from coordinator.store import KEPT_ROUNDS
 from midge.transport.memory import MAX_WAITING
 from midge.wire.messages import CoordinatorStatus, Head, Invitation, Receipt, decode, decode_to_agent
@@ -191,7 +190,3 @@ class Auditor:
         assert broker.num_waiting <= num_agents * MAX_WAITING, "I8: messages pile up at the broker"
         assert broker.queue_length <= 20_000, f"I8: {broker.queue_length} messages on their way"
 
-
-def reported(members: dict[str, MemberState]) -> set[str]:
-    """The members whose updates count."""
-    return {agent_id for agent_id, state in members.items() if state is MemberState.REPORTED}

@@ -91,6 +91,7 @@ class CoordinatorProcess(Process):
 
     def _put(self, event: TransportEvent | ev.Event) -> None:
         self._inbox.append(event)
+        self.came()
         if len(self._inbox) == 1:
             self.wait_for(self.now() + self.federation.turn_s)
 

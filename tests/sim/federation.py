@@ -8,6 +8,7 @@ of the broker, a deadline of a process, or something that a scenario scheduled w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 import traceback
@@ -87,12 +88,9 @@ class Federation:
         )
         self.expected_chain = chain(seed, self.layout.num_elements, honest, rounds) if is_strict else []
         self.broker = MemoryBroker(random.Random(f"{seed}/broker"), faults, delays_wills=delays_wills)
-        self.auditor = Auditor(self)
         self.turn_s = 0.0
         self.coordinator = CoordinatorProcess(self)
-        self.store = MemoryStore(self.coordinator.tick, self.auditor.saved, self.auditor.started)
-        self.spool = MemorySpool(self.coordinator.tick)
-        self.models = MemoryModels(self.auditor.model_saved)
+        self._make_state()
         self.agents = [AgentProcess(self, f"agent-{index}", behaviour) for index, behaviour in enumerate(behaviours)]
         self.processes: list[Process] = [self.coordinator, *self.agents]
         self.restart_after: Callable[[Process], float | None] = lambda _: 0.0
@@ -159,6 +157,17 @@ class Federation:
         """Start a process, if it is down and there is something left to do."""
         if not process.is_up and not (process is self.coordinator and self.is_done):
             self._guard(process.boot)
+
+    def lose_state(self, run_id: str) -> None:
+        """The coordinator's state directory is gone; what starts next is another run."""
+        self.config = dataclasses.replace(self.config, run_id=run_id)
+        self._make_state()
+
+    def _make_state(self) -> None:
+        self.auditor = Auditor(self)
+        self.store = MemoryStore(self.coordinator.tick, self.auditor.saved, self.auditor.started)
+        self.spool = MemorySpool(self.coordinator.tick)
+        self.models = MemoryModels(self.auditor.model_saved)
 
     def _step(self, limit_s: float) -> bool:
         broker = self.broker

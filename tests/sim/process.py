@@ -87,6 +87,10 @@ class Process:
         assert self._num_wakes < _MAX_WAKES_AT_ONCE, f"busy loop: {self.name} wants to wake again and again at {broker.now}"
         self._on_deadline(max(self.now(), self._deadline if self._deadline < math.inf else 0.0))
 
+    def came(self) -> None:
+        """Something came: to wake for it is no busy loop."""
+        self._num_wakes = 0
+
     def wait_for(self, deadline: float) -> None:
         """Remember when to wake, by this process's clock."""
         self._deadline = deadline

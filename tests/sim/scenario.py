@@ -59,7 +59,7 @@ def draw(seed: int) -> Scenario:
         behaviours,
         rounds=200,
         round_config=_strict_round(num_honest) if is_strict else _some_round(rng, num_lasting),
-        num_frames=rng.choice((1, 2, 2, 3, 5, 5, 20)),
+        num_frames=rng.choice((1, 2, 2, 3, 3, 5, 5, 5, 20, 70)),
         faults=links,
         delays_wills=rng.random() < 0.5,
         is_strict=is_strict,
@@ -81,6 +81,7 @@ def _honest(rng: random.Random) -> Behaviour:
         training_s=(shortest_s, shortest_s + rng.choice((0.1, 1.0, 8.0))),
         refuses=rng.choice((0.0, 0.0, 0.3)),
         fails=rng.choice((0.0, 0.0, 0.2)),
+        disk_fails=rng.choice((0.0, 0.0, 0.0, 0.05)),
     )
 
 
@@ -221,4 +222,4 @@ def _heal(scenario: Scenario) -> None:
             process.transport.cut()
         federation.restart(process)
     for agent in federation.agents:
-        agent.behaviour.refuses = agent.behaviour.fails = 0.0
+        agent.behaviour.refuses = agent.behaviour.fails = agent.behaviour.disk_fails = 0.0

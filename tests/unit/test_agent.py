@@ -275,7 +275,7 @@ def test_a_refusal_that_may_have_been_lost_is_said_again():
 @in_each_work
 def test_the_same_invitation_again_is_accepted_again_and_the_work_goes_on(work: AgentState):
     talk = at(work)
-    commands = talk.invite()
+    commands = talk.invite(deadline_s=500.0)  # it says how much time is left, so it differs
     assert said(commands, Acceptance) == [Acceptance(**address_of(invitation()))]
     assert of_kind(commands, ev.WriteInvitation | ev.StopTraining | ev.OpenModel | ev.Train) == []
     assert talk.agent.work is work
@@ -579,6 +579,8 @@ def test_a_coordinator_that_lacks_the_header_gets_it_again():
     talk = at(AgentState.UPLOADING)
     commands = talk.tell(Credit, missing=((0, 3),), credit=3, need_header=True)
     assert len(said(commands, UpdateHeader)) == 1
+    # The frames that it had sent were dropped for want of their header: they are sent again as soon as that has come.
+    assert only(talk.tell(Credit, missing=((0, 3),), credit=3), ev.SendFrames).indices == (0, 1, 2)
 
 
 def test_credit_while_there_is_nothing_to_send_is_ignored():
@@ -665,6 +667,14 @@ def test_while_the_coordinator_is_away_an_agent_does_not_ask_and_offers_again_wh
     assert len(said(commands, UpdateHeader)) == 1
     assert said(talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH + 1))), UpdateHeader) == []
     assert len(said(talk.wait(30), UpdateHeader)) >= 1
+
+
+def test_an_agent_that_has_not_heard_of_the_coordinator_asks_all_the_same():
+    talk = at(AgentState.AWAITING_RECEIPT)
+    talk.hear(ev.CoordinatorSeen(status(online=False)))
+    talk.hear(ev.BrokerLost())
+    talk.hear(ev.BrokerConnected())  # and the retained presence of the coordinator is lost
+    assert said(talk.wait(10), UpdateHeader)
 
 
 def test_the_will_of_an_earlier_coordinator_does_not_silence_an_agent():

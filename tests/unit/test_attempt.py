@@ -379,6 +379,17 @@ def test_an_agent_that_was_taken_for_lost_and_never_left_is_heard_when_it_asks()
     assert states(talk)["a"] is MemberState.ACCEPTED
 
 
+def test_a_lost_agent_that_speaks_at_an_old_address_is_waited_for_like_one_that_has_just_come():
+    talk = collecting()
+    talk.leave("a")
+    assert set(sent(talk.offer("a", address=talk.address._replace(epoch=EPOCH - 1)), Invitation)) == {"a"}
+    assert states(talk)["a"] is MemberState.INVITED
+    assert set(sent(talk.wait(2), Invitation)) == {"a"}  # it may have been lost
+    talk.wait(18)
+    assert states(talk)["a"] is MemberState.LOST
+    assert talk.run.attempt.uplink.credit("a") == 0
+
+
 # Frames.
 
 

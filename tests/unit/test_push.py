@@ -231,7 +231,9 @@ def test_over_a_good_channel_each_frame_is_sent_once_and_the_header_once(num_fra
 @pytest.mark.parametrize("seed", range(40))
 def test_over_a_channel_that_loses_doubles_and_reorders_every_frame_arrives(seed: int):
     rng = random.Random(seed)
-    channel = Channel(seed, loss=rng.choice((0.0, 0.1, 0.3)), doubling=rng.choice((0.0, 0.2)), spread_s=rng.choice((0, 3)))
+    channel = Channel(
+        seed, loss=rng.choice((0.0, 0.1, 0.3)), doubling=rng.choice((0.0, 0.2)), spread_s=rng.choice((0, 3))
+    )
     transmit(channel, Framing(rng.choice((1, 2, 7, 60)) * 10, 10))
     assert channel.now < 600
 

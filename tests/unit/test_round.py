@@ -675,14 +675,14 @@ class RandomStories(RuleBasedStateMachine):
         self.hear(AgentRefused(agent_id, "battery"))
 
     @rule(agent_id=agents, good=st.booleans())
-    def update_comes(self, agent_id: str, good: bool) -> None:  # noqa: FBT001
+    def update_comes(self, agent_id: str, good: bool) -> None:
         self.hear(TimePassed())
         if self.round.is_open_to(agent_id):
             self.hear(UpdateAccepted(agent_id) if good else UpdateRejected(agent_id, "norm"))
 
     @precondition(lambda self: self.round.state is RoundState.AGGREGATING)
     @rule(good=st.booleans())
-    def average_comes(self, good: bool) -> None:  # noqa: FBT001
+    def average_comes(self, good: bool) -> None:
         self.hear(Aggregated("d1") if good else AggregationFailed("disk full"))
 
     @rule(seconds=st.floats(0.0, 50.0))

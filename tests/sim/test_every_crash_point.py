@@ -1,0 +1,83 @@
+"""A process killed at each of its operations in turn, between any two: nothing is lost, nothing is counted or trained twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.round import RoundConfig
+from tests.sim.agent_process import Behaviour
+from tests.sim.federation import Federation, told
+
+ROUNDS = 3
+RESTART_S = 3.0
+LIMIT_S = 60.0
+"""Far below the report deadline of 600 s: what a crash leaves behind is found at once, not when a wait runs out."""
+
+
+def federation_of(seed: int) -> Federation:
+    federation = Federation(
+        seed,
+        [Behaviour(), Behaviour()],
+        rounds=ROUNDS,
+        round_config=RoundConfig(minimum=2, quorum=2, report_deadline_s=600.0),
+        is_strict=True,
+    )
+    federation.restart_after = lambda _: federation.rng.uniform(0.1, RESTART_S)
+    return federation
+
+
+def survives(federation: Federation, what: str) -> bool:
+    """Run it to its end; false where nothing was killed, since there are not that many operations."""
+    with told(federation, what):
+        federation.start()
+        assert federation.run(lambda: federation.is_done, LIMIT_S), "I6: it did not come to its end"
+        assert federation.num_committed == ROUNDS
+        assert federation.auditor.num_repeated == 0, "an update that counts already was trained again"
+    return federation.num_crashes > 0
+
+
+def test_a_coordinator_killed_at_any_operation_goes_on_and_no_agent_trains_twice():
+    operation = 1
+    while True:
+        federation = federation_of(operation)
+        federation.coordinator.light_fuse(operation)
+        if not survives(federation, f"the coordinator killed at operation {operation}"):
+            break
+        assert set(federation.auditor.trainings.values()) == {1}, f"killed at operation {operation}"
+        operation += 1
+    assert operation > 150
+
+
+def test_an_agent_killed_at_any_operation_comes_back():
+    operation = 1
+    while True:
+        federation = federation_of(operation)
+        federation.agents[0].light_fuse(operation)
+        if not survives(federation, f"an agent killed at operation {operation}"):
+            break
+        operation += 1
+    assert operation > 40
+
+
+@pytest.mark.parametrize("later", [1, 2, 3, 5, 8, 13, 21])
+def test_a_coordinator_killed_again_while_it_comes_back_goes_on(later):
+    for operation in range(3, 200, 7):
+        federation = federation_of(operation)
+        federation.coordinator.light_fuse(operation)
+
+        def again(process, federation=federation):
+            if federation.num_crashes == 1:
+                federation.at(federation.now + 0.5, lambda: process.light_fuse(later))
+            return 0.5
+
+        federation.restart_after = again
+        survives(federation, f"the coordinator killed at operation {operation}, and {later} operations later")
+
+
+def test_coordinator_and_agents_killed_together_come_back():
+    for operation in range(1, 100):
+        federation = federation_of(operation)
+        federation.coordinator.light_fuse(operation)
+        federation.agents[0].light_fuse(1 + operation % 61)
+        federation.agents[1].light_fuse(1 + operation % 59)
+        survives(federation, f"all killed, the coordinator at operation {operation}")
