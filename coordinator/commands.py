@@ -46,11 +46,10 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
     log.setup(settings.log_format, "warning" if show and settings.log_level == "info" else settings.log_level)
     try:
         service = Service(settings, address)
-        goes_on = service.begin_run()
+        word = service.begin_run()
     except (StoreError, HttpError, ModelError) as error:
         return _wrong(error)
     if not as_json:
-        word = "goes on" if goes_on else "begins"
         _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}", soft_wrap=True)
     code = _work(service, Display(service.shared, _errors) if show else None)
     _report(service, as_json=as_json)
@@ -69,11 +68,11 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
     try:
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
-            service.begin_run()
+            service.begin_run(again=False)
     except (StoreError, HttpError, ModelError) as error:
         return _wrong(error)
     code = _work(service, None)
-    return 0 if service.state in (None, RunState.STOPPED, RunState.DONE) else code
+    return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop
 
 
 def status(state_dir: Path, *, as_json: bool) -> int:

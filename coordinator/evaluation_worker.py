@@ -13,9 +13,8 @@ from coordinator.models import ModelStore
 from midge.tasks.base import Task
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
-from midge.wire.messages import Evaluation
+from midge.tasks.scores import to_evaluation
 
-_LARGEST_METRIC = 1e300
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Request).decode
 
@@ -51,10 +50,10 @@ class EvaluationWorker:
             return msg.Evaluated(request=request.request, score=None)
         with models.open(request.digest) as model:
             score = task.evaluate(model.state(), self._test_data)
-        if not abs(score.loss) <= _LARGEST_METRIC:
-            raise ValueError(f"loss is {score.loss}: the model diverged; lower learning_rate")
-        metrics = {name: float(value) for name, value in score.metrics.items() if abs(value) <= _LARGEST_METRIC}
-        evaluation = Evaluation(num_examples=score.num_examples, loss=float(score.loss), metrics=metrics)
+        evaluation = to_evaluation(score)
+        if evaluation is None:
+            seen = f"loss is {score.loss} over {score.num_examples} examples"
+            raise ValueError(f"{seen}: the model diverged (lower learning_rate), or there are no test data")
         return msg.Evaluated(request=request.request, score=evaluation)
 
     def _load(self) -> tuple[Task, ModelStore]:

@@ -94,6 +94,7 @@ class Service:
         self._retained_for: tuple[int, int | None] | None = None
         self._to_clear: list[tuple[str, int]] = []
         self._stop_asked = False
+        self._idle_status = "no run"
         topics = Topics(settings.federation)
         self._run_spool = RunSpool(self._spool)
         epoch = self.store.raise_epoch()
@@ -104,6 +105,7 @@ class Service:
             self.queue,
             will=Will(topics.coordinator, presence_payload(epoch, instance, online=False), delay_s=0),
             clean_start=True,
+            session_expiry_s=0,  # its client id is new at each start: a session left behind would only fill a queue
         )
         self._driver = Driver(
             topics,
@@ -137,11 +139,23 @@ class Service:
         """Of the current run; empty where there is none."""
         return self._driver.run.config.run_id if self._driver.run else ""
 
-    def begin_run(self) -> bool:
-        """Begin the run that the settings define, or go on with it where it is unfinished; true where it goes on."""
+    def begin_run(self, *, again: bool = True) -> str:
+        """Begin the run that the settings define, or go on with it where it is unfinished.
+
+        Args:
+            again: begin another one where the latest is done; else show that one, and begin nothing.
+
+        Returns:
+            "begins", "goes on" or "is done".
+        """
         settings = self.settings
         fingerprint = run_fingerprint(settings)
-        run_id = self.store.unfinished(settings.federation, fingerprint)
+        run_id, state = self.store.latest(settings.federation, fingerprint)
+        if state == "done" and run_id is not None and not again:
+            self._show_done(run_id)
+            return "is done"
+        if state in ("done", "failed"):
+            run_id = None
         goes_on = run_id is not None
         if run_id is None:
             run_id = self.store.create_run(
@@ -172,7 +186,7 @@ class Service:
             self._compute.framing = resumed.framing
             # Another run may have had the broker forget this one: it is about to be published again.
             self.store.set_framing(run_id, resumed.framing.frame_elements, resumed.framing.num_frames)
-        self._show_run(config, resumed is not None)
+        self._show_run(config, "goes on" if goes_on else "begins")
         self._to_clear = [
             (row["run_id"], row["num_frames"])
             for row in self.store.runs()
@@ -187,7 +201,7 @@ class Service:
             connected=self._driver.is_connected,
         )
         self._driver.start_run(run, time.monotonic())
-        return goes_on
+        return "goes on" if goes_on else "begins"
 
     def run(self, each_turn: Callable[[], None] = lambda: None) -> RunState | None:
         """Work until the run is over, or for ever where it keeps serving, or until `stop`.
@@ -238,7 +252,7 @@ class Service:
         self.heart.beat()
         run = self._driver.run
         missing = max(0, run.config.round.minimum - run.num_available) if run else 0
-        self._watch.look(run.status() if run else "no run", missing, self.queue.size_bytes)
+        self._watch.look(run.status() if run else self._idle_status, missing, self.queue.size_bytes)
 
     def _dispatch(self, event: _Event, now: float) -> None:
         match event:
@@ -309,7 +323,7 @@ class Service:
             return True
         return not self._keep_serving and state in FINAL
 
-    def _show_run(self, config: RunConfig, goes_on: bool) -> None:
+    def _show_run(self, config: RunConfig, word: str) -> None:
         settings = self.settings
         self._watch.begin_run(config.run_id, settings.cohort or settings.min_agents, settings.needed_updates)
         with self.shared.lock:
@@ -327,8 +341,17 @@ class Service:
                     "federated",
                 ):
                     setattr(view, name, version[name])
-        event = "run goes on" if goes_on else "run begins"
-        log_event(_log, logging.INFO, event, run=config.run_id, task=config.task, rounds=config.rounds)
+        log_event(_log, logging.INFO, f"run {word}", run=config.run_id, task=config.task, rounds=config.rounds)
+
+    def _show_done(self, run_id: str) -> None:
+        config = _run_config(run_id, self.settings)
+        self._show_run(config, "is done")
+        with self.shared.lock:
+            board = self.shared.board
+            row = self.store.run(run_id)
+            board.state, board.round_num = "done", config.rounds
+            self._idle_status = f"done: {config.rounds} rounds; change the configuration for another run"
+            board.best_round, board.best_value = (row["best_round"], row["best_value"]) if row else (None, None)
 
     def _close(self) -> None:
         if self._compute is not None:

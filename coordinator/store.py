@@ -257,12 +257,12 @@ class Store:
         rows = self._rows(sa.select(_runs).where(_runs.c.run_id == run_id))
         return rows[0] if rows else None
 
-    def unfinished(self, federation: str, fingerprint: str) -> str | None:
-        """The latest run of this definition, if it has not come to an end."""
+    def latest(self, federation: str, fingerprint: str) -> tuple[str | None, str]:
+        """The latest run of this definition and its state; None and "" where there was none."""
         query = sa.select(_runs.c.run_id, _runs.c.state)
         query = query.where(_runs.c.federation == federation, _runs.c.fingerprint == fingerprint)
         rows = self._rows(query.order_by(_runs.c.number.desc()).limit(1))
-        return rows[0]["run_id"] if rows and rows[0]["state"] not in ("done", "failed") else None
+        return (rows[0]["run_id"], rows[0]["state"]) if rows else (None, "")
 
     def versions(self, run_id: str) -> list[dict[str, Any]]:
         """The versions of a run, in order; `central` and `federated` are scores or None."""

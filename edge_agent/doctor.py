@@ -156,7 +156,7 @@ def _examine_torch() -> Finding:
     if done.returncode:
         text = f"cannot be imported ({_last_line(done.stderr)}): pip install 'midge[torch]', or use a task without it"
         return Finding("torch", is_well=False, text=text)
-    version, threads = done.stdout.split()
+    version, threads = _last_line(done.stdout).split()
     return Finding("torch", is_well=True, text=f"{version}, {threads} threads")
 
 
@@ -175,7 +175,7 @@ def _examine_data(settings: Settings) -> Finding:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return Finding("task and data", is_well=False, text=_last_line(done.stderr))
-    return Finding("task and data", is_well=True, text=f"{settings.task}: {done.stdout.strip()} examples")
+    return Finding("task and data", is_well=True, text=f"{settings.task}: {_last_line(done.stdout)} examples")
 
 
 def _available_mb() -> int:

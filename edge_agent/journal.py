@@ -92,6 +92,7 @@ class Journal:
             self._lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self._lock_fd)
             raise JournalError(f"{path}: another agent is running in it; give each agent its own --state-dir") from None
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}; choose a writable --state-dir") from None
@@ -169,7 +170,9 @@ class Journal:
         """Close all files and let go of the lock."""
         self._close_model()
         self._close_update()
-        os.close(self._lock_fd)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def _is_sound(self, update: FinishedUpdate) -> bool:
         """Whether the frames add up to the update's digest. Reads them all, one at a time."""

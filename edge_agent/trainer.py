@@ -2,7 +2,7 @@
 
 Whatever happens to the worker, an exception, a kill, a lack of memory, becomes one failed training with its reason; the next
 training starts a new one. Only one training runs at a time. A cancelled one may still run for a moment, since a task lets
-go when it reports progress; if it has not after `_PATIENCE_S` and another is wanted, the worker is ended.
+go when it reports progress; if it has not after `_PATIENCE_S`, the worker is ended: it works for nothing, and another may wait.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Trainer:
         self._waiting = None
         if self._running is not None and self._child is not None:
             self._child.send(_encode(msg.CancelTraining(request=self._running)))
-            self._give_up_at = now + _PATIENCE_S
+            self._give_up_at = min(self._give_up_at, now + _PATIENCE_S)
 
     def handle(self, event: WorkerReplied | WorkerExited, now: float) -> ev.Event | None:
         """What the agent is to know of this; None where it is of no interest any more."""
@@ -164,23 +164,27 @@ class Trainer:
     def _begin(self, request: msg.TrainModel) -> None:
         self._waiting = None
         self._give_up_at = math.inf
+        self._running = request.request
         if self._child is None:
             self._start()
-        assert self._child is not None
-        self._running = request.request
-        self._child.send(_encode(request))
+        if self._child is not None:
+            self._child.send(_encode(request))
 
     def _start(self) -> None:
         self._generation += 1
         generation = self._generation
         threads = str(self._num_threads)
-        self._child = Child(
-            "edge_agent.worker",
-            [],
-            lambda reply: self._put(WorkerReplied(generation, _decode(reply))),
-            lambda reason: self._put(WorkerExited(generation, reason)),
-            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
-        )
+        try:
+            self._child = Child(
+                "edge_agent.worker",
+                [],
+                lambda reply: self._put(WorkerReplied(generation, _decode(reply))),
+                lambda reason: self._put(WorkerExited(generation, reason)),
+                {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+            )
+        except OSError as error:  # it is a training that failed, as if the worker had died at once
+            self._put(WorkerExited(generation, f"the process cannot be started: {error}"))
+            return
         self._child.send(_encode(self._setup))
 
     def _ended(self, event: ev.Event | None, now: float) -> ev.Event | None:

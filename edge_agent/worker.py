@@ -23,13 +23,12 @@ from midge.tasks.base import DataSpec, Score, Task, TaskError, Trained, TrainSpe
 from midge.tasks.flatten import state_to_vector, vector_to_state
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
+from midge.tasks.scores import fitting, to_evaluation
 from midge.wire.codecs import FLOAT32, encode_float32
 from midge.wire.errors import LayoutError
 from midge.wire.frames import HEADER_BYTES, Framing, content_tag, encode_frame, run_tag, update_digest
 from midge.wire.layout import Layout
-from midge.wire.messages import Evaluation
 
-_LARGEST_METRIC = 1e300
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Request).decode
 
@@ -76,10 +75,10 @@ class Worker:
             return msg.Failed(request=number, reason="layout", detail=str(error)[:500])
         except TaskError as error:
             return msg.Failed(request=number, reason="task", detail=str(error)[:500])
-        except OSError as error:
-            return msg.Failed(request=number, reason="disk", detail=f"{error.filename}: {error.strerror}"[:500])
         except Exception as error:  # noqa: BLE001  a user's task may raise anything; the agent lives on
-            return msg.Failed(request=number, reason="worker", detail=f"{type(error).__name__}: {error}"[:500])
+            is_of_disk = isinstance(error, OSError) and error.errno is not None
+            detail = f"{type(error).__name__}: {error}"[:500]
+            return msg.Failed(request=number, reason="disk" if is_of_disk else "worker", detail=detail)
         return msg.Finished(request=number)
 
     def _train(self, request: msg.TrainModel, report: Callable[[msg.Progressed], None]) -> None:
@@ -92,7 +91,7 @@ class Worker:
         def progress(fraction: float) -> None:
             if self._cancelled >= request.request:
                 raise _CancelledError
-            report(msg.Progressed(request=request.request, fraction=fraction))
+            report(msg.Progressed(request=request.request, fraction=min(1.0, max(0.0, float(fraction)))))
 
         progress(0.0)
         began = time.monotonic()
@@ -147,25 +146,13 @@ def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, sco
         update_digest=digest,
         num_frames=framing.num_frames,
         frames_bytes=sum(HEADER_BYTES + len(body) for body in bodies),
-        num_examples=trained.num_examples,
+        num_examples=int(trained.num_examples),
         counters=counters,
         training_s=training_s,
-        metrics=_finite(trained.metrics),
-        evaluation=_evaluation(score),
+        metrics=fitting(trained.metrics),
+        evaluation=to_evaluation(score),
     )
     write_update(Path(request.update_path), frames, update)
-
-
-def _evaluation(score: Score) -> Evaluation | None:
-    if score.num_examples < 1 or not abs(score.loss) <= _LARGEST_METRIC:
-        return None
-    return Evaluation(num_examples=score.num_examples, loss=float(score.loss), metrics=_finite(score.metrics))
-
-
-def _finite(metrics: Any) -> dict[str, float]:
-    """Those that can travel: as many, and as large, as the wire allows."""
-    fit = {str(name)[:64]: float(value) for name, value in metrics.items() if abs(value) <= _LARGEST_METRIC}
-    return dict(list(fit.items())[:64])
 
 
 def _limit(setup: msg.SetUp) -> None:

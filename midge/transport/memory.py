@@ -6,31 +6,27 @@ lose, delay, double and reorder messages, cut connections, notice a cut late, sw
 come back with all, some or none of what they kept. Time passes only when `deliver_next` or `wait_until` is called, and a
 seed gives the same history every time.
 
-A connection that is cut comes back by itself after a moment, as `Transport` promises. What was handed to it and had not
-reached the broker yet is lost.
+It is harsher than MQTT where it is simpler: what was on its way when a connection broke is lost, also for a session that
+the broker keeps; only what comes while the client is away waits for it. memory_client.py has the other end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from midge.transport.base import (
-    Connected,
-    Disconnected,
-    MessageReceived,
-    PacketTooLargeError,
-    Published,
-    TransportEvent,
-    Will,
-)
+from midge.transport.base import Connected, Disconnected, MessageReceived, TransportEvent, Will
+from midge.transport.memory_client import MemoryTransport, Session
 
 MAX_WAITING = 1000
 """Messages kept for a session whose client is away; the oldest stay, as with Mosquitto's `max_queued_messages`."""
+_ALWAYS = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +50,6 @@ class Faults:
     reorder_s: float = 0.5
     uplink_s: float = 0.0
     reconnect_s: float = 1.0
-
-
-class _Session:
-    """What the broker knows of one client id, connected or not."""
-
-    def __init__(self) -> None:
-        self.client: MemoryTransport | None = None
-        self.topics: dict[str, None] = {}
-        self.wildcards: list[list[str]] = []
-        self.waiting: deque[tuple[MessageReceived, float]] = deque()
-        self.will: Will | None = None
 
 
 class MemoryBroker:
@@ -94,13 +79,11 @@ class MemoryBroker:
         self.num_waiting = 0
         self.is_up = True
         self.rng = rng
-        self._sessions: dict[str, _Session] = {}
-        self._readers: dict[str, dict[_Session, None]] = {}
-        self._wildcard_readers: dict[str, tuple[_Session, ...]] = {}
+        self._sessions: dict[str, Session] = {}
+        self._readers: dict[str, dict[Session, None]] = {}
+        self._wildcard_readers: dict[str, tuple[Session, ...]] = {}
         self._absent: list[MemoryTransport] = []
-        self._queue: list[
-            tuple[float, int, MemoryTransport, int, TransportEvent] | tuple[float, int, None, int, Callable[[], None]]
-        ] = []
+        self._queue: list[tuple[float, int, MemoryTransport | None, int, Any]] = []
         self._order = 0
 
     def transport(
@@ -130,10 +113,10 @@ class MemoryBroker:
         at, _, client, session, what = heapq.heappop(self._queue)
         self.now = max(self.now, at)
         if client is None:
-            what()  # type: ignore[operator]  # no client: an action
+            what()
         elif session in (client.session, _ALWAYS):
             self.num_delivered += 1
-            client.sink(what)  # type: ignore[arg-type]
+            client.sink(what)
         return True
 
     def wait_until(self, at: float) -> None:
@@ -182,7 +165,7 @@ class MemoryBroker:
         if not self.is_up:
             self._absent.append(client)
             return
-        session = self._sessions.setdefault(client.client_id, _Session())
+        session = self._sessions.setdefault(client.client_id, Session())
         if session.client is not None:
             session.client.cut(noticed_after_s=0.0)
         pending, session.will = session.will, None
@@ -200,15 +183,14 @@ class MemoryBroker:
         else:
             self._forget(session)
 
-    def detach(self, client: MemoryTransport, session: _Session, noticed_after_s: float) -> None:
+    def detach(self, client: MemoryTransport, session: Session, noticed_after_s: float) -> None:
         """Disconnect; the will follows once the broker has noticed, unless the client is back by then."""
         session.client = None
         if not client.keeps_session:
             self._forget(session)
-        will = client.will
-        if will is None or noticed_after_s == math.inf:
+        if client.will is None or noticed_after_s == math.inf:
             return
-        session.will = will
+        will = session.will = dataclasses.replace(client.will)  # told from the will of another cut by its identity
         delay_s = noticed_after_s + (will.delay_s if self.delays_wills else 0)
         if delay_s > 0:
             self.call_at(self.now + delay_s, lambda: self._publish_will(session, will))
@@ -230,7 +212,7 @@ class MemoryBroker:
                 session.waiting.append((message, expires_at))
                 self.num_waiting += 1
 
-    def subscribe(self, session: _Session, topic: str) -> None:
+    def subscribe(self, session: Session, topic: str) -> None:
         """Note who reads what, and send what is retained."""
         if "+" in topic:
             levels = topic.split("/")
@@ -246,9 +228,9 @@ class MemoryBroker:
             for known in found:
                 self.send(session.client, MessageReceived(known, self.retained[known], retained=True))
 
-    def unsubscribe(self, session: _Session, topic: str) -> None:
+    def unsubscribe(self, session: Session, topic: str) -> None:
         """Note that it is not read any more."""
-        if session.topics.pop(topic, _Session) is None:
+        if session.topics.pop(topic, Session) is None:
             readers = self._readers[topic]
             del readers[session]
             if not readers:
@@ -257,9 +239,8 @@ class MemoryBroker:
     def send(self, client: MemoryTransport, event: TransportEvent, *, faultless: bool = False) -> None:
         """Deliver an event, sooner or later, once, twice or never."""
         faults, rng = self.faults, self.rng
-        at = client.last_at = max(
-            self.now + faults.delay_s * rng.random(), client.last_at
-        )  # in order, as a connection is
+        at = self.now + faults.delay_s * rng.random()
+        at = client.last_at = max(at, client.last_at)  # in order, as a connection is
         if not faultless:
             if client.is_dark or (faults.loss and rng.random() < faults.loss):
                 return
@@ -273,7 +254,7 @@ class MemoryBroker:
         """Let a client know that it is cut off, whatever became of its connection since."""
         self._push(self.now, client, _ALWAYS, Disconnected("the connection was cut"))
 
-    def _publish_will(self, session: _Session, will: Will) -> None:
+    def _publish_will(self, session: Session, will: Will) -> None:
         if session.will is will:
             session.will = None
             self.route(will.topic, will.payload, retain=True)
@@ -282,7 +263,7 @@ class MemoryBroker:
         self._order += 1
         heapq.heappush(self._queue, (at, self._order, client, session, event))
 
-    def _matching(self, topic: str) -> tuple[_Session, ...]:
+    def _matching(self, topic: str) -> tuple[Session, ...]:
         known = self._wildcard_readers.get(topic)
         if known is None:
             known = self._wildcard_readers[topic] = tuple(
@@ -292,7 +273,7 @@ class MemoryBroker:
             )
         return known
 
-    def _forget(self, session: _Session) -> None:
+    def _forget(self, session: Session) -> None:
         for topic in list(session.topics):
             self.unsubscribe(session, topic)
         if session.wildcards:
@@ -300,161 +281,6 @@ class MemoryBroker:
             self._wildcard_readers.clear()
         self.num_waiting -= len(session.waiting)
         session.waiting.clear()
-
-
-_ALWAYS = -1
-
-
-class MemoryTransport:
-    """One connection to a `MemoryBroker`; a `Transport` whose events go to `sink` instead of a queue."""
-
-    def __init__(
-        self,
-        broker: MemoryBroker,
-        client_id: str,
-        sink: Callable[[TransportEvent], None],
-        will: Will | None,
-        *,
-        keeps_session: bool = False,
-    ) -> None:
-        self.broker = broker
-        self.client_id = client_id
-        self.sink = sink
-        self.will = will
-        self.keeps_session = keeps_session
-        self.session = 0
-        self.last_at = 0.0
-        self.is_dark = False
-        self._session: _Session | None = None
-        self._is_wanted = False
-        self._sent_at = 0.0
-        self._token = 0
-
-    # What a driver calls.
-
-    def start(self) -> None:
-        """See `Transport.start`."""
-        if not self._is_wanted:
-            self._is_wanted = True
-            self.broker.attach(self)
-
-    def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
-    ) -> int:
-        """See `Transport.publish`."""
-        if self._session is None:
-            return 0
-        broker = self.broker
-        limit = broker.packet_limit_bytes
-        if limit is not None and len(payload) + len(topic) > limit:
-            raise PacketTooLargeError(f"{topic}: {len(payload)} bytes, the broker takes {limit}")
-        self._token += 1
-        token, expires_at = self._token, math.inf if expiry_s is None else broker.now + expiry_s
-
-        def arrive() -> None:
-            broker.route(topic, payload, retain=retain, expires_at=expires_at)
-            if qos:
-                broker.send(self, Published(token), faultless=True)
-
-        self._send(arrive)
-        return token
-
-    def subscribe(self, topics: Sequence[str], *, qos: int = 1) -> None:  # noqa: ARG002
-        """See `Transport.subscribe`."""
-        session, wanted = self._session, tuple(topics)
-
-        def arrive() -> None:
-            assert session is not None
-            for topic in wanted:
-                self.broker.subscribe(session, topic)
-
-        self._send(arrive)
-
-    def unsubscribe(self, topics: Sequence[str]) -> None:
-        """See `Transport.unsubscribe`."""
-        session, unwanted = self._session, tuple(topics)
-
-        def arrive() -> None:
-            assert session is not None
-            for topic in unwanted:
-                self.broker.unsubscribe(session, topic)
-
-        self._send(arrive)
-
-    def stop(self, timeout_s: float = 2.0) -> None:  # noqa: ARG002
-        """See `Transport.stop`: what was handed over still arrives, and no will follows."""
-        self._is_wanted = False
-        self.sink = _ignore
-        if self.is_dark and self._session is not None:
-            self._drop(0.0)  # the broker never hears of it
-        else:
-            self._send(lambda: self._drop(math.inf))
-
-    # Faults.
-
-    def cut(self, *, for_s: float = 0.0, noticed_after_s: float = 0.0) -> None:
-        """The connection breaks, for at least `for_s`; the broker notices later, and the will's delay counts from then."""
-        if self._session is not None:
-            self._drop(noticed_after_s)
-            self.broker.tell_cut(self)
-            self.come_back(for_s)
-
-    def go_dark(self) -> None:
-        """Whatever is sent either way vanishes, and neither side notices, until `cut`."""
-        self.is_dark = True
-
-    def kill(self, *, noticed_after_s: float = 0.0) -> None:
-        """The process is gone: nothing reaches it any more."""
-        self._is_wanted = False
-        self.sink = _ignore
-        if self._session is not None:
-            self._drop(noticed_after_s)
-
-    # For the broker.
-
-    def connected(self, session: _Session) -> None:
-        """The connection is up."""
-        self.session += 1
-        self._session = session
-        self.is_dark = False
-
-    def come_back(self, after_s: float) -> None:
-        """Connect again, a moment after `after_s`."""
-        broker = self.broker
-
-        def reconnect() -> None:
-            if self._is_wanted and self._session is None:
-                broker.attach(self)
-
-        broker.call_at(broker.now + after_s + broker.rng.uniform(0.0, broker.faults.reconnect_s), reconnect)
-
-    def _drop(self, noticed_after_s: float) -> None:
-        session, self._session = self._session, None
-        assert session is not None
-        self.session += 1
-        self.broker.detach(self, session, noticed_after_s)
-
-    def _send(self, arrive: Callable[[], None]) -> None:
-        """Have the broker do this once it has reached it, in order with all else on this connection."""
-        if self._session is None or self.is_dark:
-            return
-        broker = self.broker
-        uplink_s = broker.faults.uplink_s
-        if not uplink_s and self._sent_at <= broker.now:
-            arrive()
-            return
-        sent_in = self.session
-        self._sent_at = max(self._sent_at, broker.now + uplink_s * broker.rng.random())
-
-        def arrive_if_up() -> None:
-            if self.session == sent_in and not self.is_dark:
-                arrive()
-
-        broker.call_at(self._sent_at, arrive_if_up)
-
-
-def _ignore(event: TransportEvent) -> None:
-    """A process that is gone takes nothing."""
 
 
 def _matches(levels: list[str], topic: str) -> bool:

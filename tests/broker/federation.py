@@ -106,7 +106,8 @@ class Program:
     def children(self) -> list[psutil.Process]:
         """Its worker or its evaluator, while there is one."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.pid).children(recursive=True)
+            found: list[psutil.Process] = psutil.Process(self.pid).children(recursive=True)
+            return found
         return []
 
     def send_signal(self, number: signal.Signals) -> None:

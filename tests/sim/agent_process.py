@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ LIES: dict[str, Callable[[ev.FinishedUpdate], dict[str, Any]]] = {
     "nan": lambda _: {},
     "update_digest": lambda update: {"update_digest": update.update_digest[:16] + "0" * 48},
     "other_update_digest": lambda _: {"update_digest": "ab" * 32},
-    "model_digest": lambda _: {"model_digest": "cd" * 32},
+    "model_digest": lambda _: {},
     "layout": lambda _: {"layout_digest": "ef" * 32},
     "num_frames": lambda update: {"num_frames": update.num_frames + 1},
     "no_examples": lambda _: {"num_examples": 0},
@@ -57,7 +58,7 @@ LIES: dict[str, Callable[[ev.FinishedUpdate], dict[str, Any]]] = {
     "too_many_examples": lambda _: {"num_examples": 2**63 - 1},
     "counters": lambda _: {"counters": (1, 2, 3)},
 }
-"""Each changes the header of a finished update; "nan" changes an element."""
+"""Each changes the header of a finished update; "nan" changes an element, and "model_digest" what is sent."""
 
 
 class MemoryJournal:
@@ -111,6 +112,16 @@ class MemoryJournal:
         self._work = (update, frames)
 
 
+class LyingTransport(WatchedTransport):
+    """Says of each update that it was trained on another model."""
+
+    def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+    ) -> int:
+        payload = re.sub(rb'"model_digest":"[0-9a-f]+"', b'"model_digest":"' + b"cd" * 32 + b'"', payload)
+        return super().publish(topic, payload, qos=qos, retain=retain, expiry_s=expiry_s)
+
+
 class AgentProcess(Process):
     """An agent; `driver` is the one of the present start. It is also its own trainer."""
 
@@ -131,11 +142,12 @@ class AgentProcess(Process):
         birth = Presence(online=True, incarnation=incarnation, protocol=PROTOCOL, task=federation.config.task)
         will = Will(topics.presence(self.name), encode(Presence(online=False, incarnation=incarnation)))
         self.transport = federation.broker.transport(self.name, self._take, will, keeps_session=True)
+        watched = LyingTransport if self.behaviour.lie == "model_digest" else WatchedTransport
         self.driver = Driver(
             self.name,
             topics,
             make_agent(random.Random(f"{federation.seed}/{self.name}/{self.generation}"), self.now(), self.journal),
-            WatchedTransport(self, self.transport, self._audit) if federation.is_audited else self.transport,
+            watched(self, self.transport, self._audit) if federation.is_audited else self.transport,
             self.journal,
             self,
             birth,
@@ -167,7 +179,8 @@ class AgentProcess(Process):
         self._settled()
 
     def _settled(self) -> None:
-        self.driver.agent.check()
+        if self.federation.is_audited:
+            self.driver.agent.check()
         self.wait_for(self.driver.agent.deadline())
 
     def _object(self, invitation: Invitation) -> ev.Objection | None:
@@ -227,9 +240,7 @@ class AgentProcess(Process):
 
     def _work(self, invitation: Invitation, head: Head, model: bytes) -> tuple[ev.FinishedUpdate, list[bytes], Trained]:
         elements = np.frombuffer(model, "<f4")
-        trained = train(
-            head.model_digest, elements, head.counters, (invitation.seed, invitation.round_num, self.name)
-        )
+        trained = train(head.model_digest, elements, head.counters, (invitation.seed, invitation.round_num, self.name))
         lie = self.behaviour.lie
         if lie == "nan":
             trained.elements[-1] = np.nan

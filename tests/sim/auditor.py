@@ -28,6 +28,7 @@ from midge.transport.memory import MAX_WAITING
 from midge.wire.messages import CoordinatorStatus, Head, Invitation, Receipt, decode, decode_to_agent
 from midge.wire.topics import CoordinatorTopic, HeadTopic, InboxTopic
 from tests.sim.learning import Model, Trained, average
+from tests.sim.state import PRUNED_EVERY
 
 if TYPE_CHECKING:
     from tests.sim.federation import Federation
@@ -183,10 +184,11 @@ class Auditor:
         federation = self._federation
         num_agents, num_frames = federation.num_agents, federation.num_frames
         assert len(federation.spool) <= 6 * num_agents * num_frames, f"I8: {len(federation.spool)} frames in the spool"
-        assert len(federation.store.update_rows) <= (KEPT_ROUNDS + 1) * num_agents, "I8: updates pile up in the store"
+        assert len(federation.store.update_rows) <= (KEPT_ROUNDS + PRUNED_EVERY) * num_agents, (
+            "I8: updates pile up in the store"
+        )
         assert len(federation.models) <= 8, "I8: models pile up"
         broker = federation.broker
         assert len(broker.retained) <= 2 * num_frames + num_agents + 4, f"I8: {len(broker.retained)} retained messages"
         assert broker.num_waiting <= num_agents * MAX_WAITING, "I8: messages pile up at the broker"
         assert broker.queue_length <= 20_000, f"I8: {broker.queue_length} messages on their way"
-

@@ -31,6 +31,7 @@ from tests.sim.state import MemoryModels, MemorySpool, MemoryStore
 RUN_ID = "sim-1"
 TASK = "simulated"
 FRAME_ELEMENTS = 4
+CLEAN = Faults()
 
 
 class Federation:
@@ -57,7 +58,7 @@ class Federation:
         rounds: int = 3,
         round_config: RoundConfig | None = None,
         num_frames: int = 3,
-        faults: Faults = Faults(),
+        faults: Faults = CLEAN,
         delays_wills: bool = True,
         has_faults: bool = True,
         is_audited: bool = True,
@@ -165,7 +166,8 @@ class Federation:
 
     def _make_state(self) -> None:
         self.auditor = Auditor(self)
-        self.store = MemoryStore(self.coordinator.tick, self.auditor.saved, self.auditor.started)
+        saved = self.auditor.saved if self.is_audited else None
+        self.store = MemoryStore(self.coordinator.tick, saved, self.auditor.started)
         self.spool = MemorySpool(self.coordinator.tick)
         self.models = MemoryModels(self.auditor.model_saved)
 
@@ -178,7 +180,7 @@ class Federation:
             if agent.wake_at < due:
                 sleeper, due = agent, agent.wake_at
         if min(at, due) > limit_s or min(at, due) == math.inf:
-            broker.wait_until(min(limit_s, max(broker.now, limit_s)))
+            broker.wait_until(limit_s)
             return False
         if due < at:
             broker.wait_until(due)
@@ -211,7 +213,6 @@ def told(federation: Federation, command: str):
     try:
         yield
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise AssertionError(
-            f"{type(error).__name__}: {error or where.line}\n{where.filename}:{where.lineno}, at {federation.now:.4f} s; replay: {command}\n{federation.story()}"
-        ) from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error or place.line} ({place.filename}:{place.lineno})"
+        raise AssertionError(f"{what}\nat {federation.now:.4f} s; replay: {command}\n{federation.story()}") from error

@@ -84,7 +84,9 @@ class Process:
         broker = self.federation.broker
         self._num_wakes = self._num_wakes + 1 if broker.now <= self._woken_at + 1e-6 else 0
         self._woken_at = broker.now
-        assert self._num_wakes < _MAX_WAKES_AT_ONCE, f"busy loop: {self.name} wants to wake again and again at {broker.now}"
+        assert self._num_wakes < _MAX_WAKES_AT_ONCE, (
+            f"busy loop: {self.name} wants to wake again and again at {broker.now}"
+        )
         self._on_deadline(max(self.now(), self._deadline if self._deadline < math.inf else 0.0))
 
     def came(self) -> None:

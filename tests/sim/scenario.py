@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from coordinator.round import RoundConfig
 from midge.transport.memory import Faults
 from tests.sim.agent_process import LIES, AgentProcess, Behaviour
-from tests.sim.federation import Federation
+from tests.sim.federation import CLEAN, Federation
 from tests.sim.process import Process
 from tests.sim.stranger import Stranger
 
@@ -26,7 +26,6 @@ of the attempt under way (30 s), the pause after an abandoned one (60 s), select
 more report deadline for agents that never report (30 s), and a half on top."""
 _BOUNDS = {"selection_deadline_s": 10.0, "acceptance_deadline_s": 6.0, "report_deadline_s": 30.0}
 
-CLEAN = Faults()
 LINKS = (
     CLEAN,
     Faults(loss=0.02, duplication=0.02, reorder=0.05, delay_s=0.05, reorder_s=1.0, uplink_s=0.02),
@@ -67,7 +66,9 @@ def draw(seed: int) -> Scenario:
     federation.turn_s = rng.choice((0.0, 0.0, 0.01, 0.1))
     federation.restart_after = lambda _: rng.uniform(0.1, 8.0)
     scenario = Scenario(
-        federation, f"{num_honest} honest agents, {behaviours}, {federation.config.round}, {links}", federation.agents[num_lasting:num_honest]
+        federation,
+        f"{num_honest} honest agents, {behaviours}, {federation.config.round}, {links}",
+        federation.agents[num_lasting:num_honest],
     )
     for _ in range(rng.randrange(1, 12)):
         _schedule(scenario, rng)
@@ -94,7 +95,9 @@ def _some_round(rng: random.Random, num_lasting: int) -> RoundConfig:
     quorum = rng.randint(1, num_lasting)
     target = rng.choice((0, rng.randint(quorum, num_lasting)))
     minimum = rng.randint(quorum, num_lasting)
-    return RoundConfig(target=target, minimum=minimum, quorum=quorum, over_select=rng.choice((1.0, 1.3, 2.0)), **_BOUNDS)
+    return RoundConfig(
+        target=target, minimum=minimum, quorum=quorum, over_select=rng.choice((1.0, 1.3, 2.0)), **_BOUNDS
+    )
 
 
 # What happens.

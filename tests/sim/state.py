@@ -19,12 +19,15 @@ from coordinator.uplink import FrameFacts
 from midge.wire.frames import Frame, content_tag
 from tests.sim.learning import Model
 
+PRUNED_EVERY = 20
+"""Rounds between two prunings of the store; the real one prunes at each."""
+
 
 class MemoryStore:
     """The database of one run."""
 
     def __init__(
-        self, tick: Callable[[], None], saved: Callable[[ev.Save], None], raised: Callable[[int], None]
+        self, tick: Callable[[], None], saved: Callable[[ev.Save], None] | None, raised: Callable[[int], None]
     ) -> None:
         self.epoch = 0
         self.row: dict[str, Any] = {"state": "preparing", "frame_elements": 0, "best_round": None, "best_value": None}
@@ -56,7 +59,8 @@ class MemoryStore:
         self._tick()
         for save in saves:
             self._save(save)
-            self._saved(save)
+            if self._saved is not None:
+                self._saved(save)
         for agent in agents:
             self.agent_rows[agent.agent_id] = agent
         self._tick()
@@ -73,13 +77,16 @@ class MemoryStore:
             case ev.SaveVersion():
                 row = {"round_num": save.round_num, "digest": save.digest, "parent": save.parent}
                 self.version_rows.append(row | {"central": None, "federated": None})
-                first = save.round_num - KEPT_ROUNDS + 1
-                self.update_rows = {key: row for key, row in self.update_rows.items() if key[0] >= first}
-                self.attempt_rows = {key: row for key, row in self.attempt_rows.items() if key[0] >= first}
+                if save.round_num % PRUNED_EVERY == 0:
+                    self._prune(save.round_num - KEPT_ROUNDS + 1)
             case ev.SaveEvaluation(round_num, source, score):
                 self.version_rows[round_num][source] = score
             case ev.SaveTallies(tallies):
                 self.tally_rows |= tallies
+
+    def _prune(self, first: int) -> None:
+        self.update_rows = {key: row for key, row in self.update_rows.items() if key[0] >= first}
+        self.attempt_rows = {key: row for key, row in self.attempt_rows.items() if key[0] >= first}
 
     # As `resume` and `Retention` read it.
 
@@ -101,7 +108,7 @@ class MemoryStore:
 
     def lone_digest(self, run_id: str, round_num: int, *, kept_from: int) -> str | None:
         digest = self.version_rows[round_num]["digest"] if 0 <= round_num < len(self.version_rows) else None
-        shared = [row for row in self.version_rows if row["digest"] == digest and row["round_num"] >= kept_from]
+        shared = any(row["digest"] == digest for row in self.version_rows[max(0, kept_from) :])
         return None if shared else digest
 
 

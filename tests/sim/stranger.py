@@ -16,10 +16,10 @@ _MAX_HEARD = 300
 
 
 class Stranger:
-    """A client without an access list to hold it: it may read and write every topic, but it forges nothing that is well formed.
+    """A client without an access list to hold it: it may read and write every topic, but forges nothing that is well formed.
 
-    Under its own name, `mallory`, it says whatever can be made of what it heard by changing, cutting or joining bytes; to others
-    it says what is certainly not of the protocol, or exactly what was said there before.
+    Under its own name, `mallory`, it says whatever can be made of what it heard by changing and cutting bytes; to others it
+    says what is certainly not of the protocol, or exactly what was said there before.
     """
 
     def __init__(self, federation: Federation, rng: random.Random) -> None:
@@ -45,7 +45,11 @@ class Stranger:
         kind = rng.randrange(4)
         if kind == 0:
             own = rng.choice(
-                (topics.outbox("mallory"), topics.presence("mallory"), topics.update_frame("mallory", 0, rng.randrange(5)))
+                (
+                    topics.outbox("mallory"),
+                    topics.presence("mallory"),
+                    topics.update_frame("mallory", 0, rng.randrange(5)),
+                )
             )
             self._transport.publish(own, self._mangled(payload))
         elif kind == 1:
@@ -53,8 +57,18 @@ class Stranger:
             self._transport.publish(topics.presence("mallory"), encode(birth), retain=True)
         elif kind == 2:
             victim = rng.choice(self._victims)
-            others = (topics.inbox(victim), topics.coordinator, topics.rollcall, topics.head("sim-1"), topics.outbox(victim))
-            others += (topics.model_frame("sim-1", 0, 0), topics.presence(victim), topics.prefix + "/agent/" + "x" * 300)
+            others = (
+                topics.inbox(victim),
+                topics.coordinator,
+                topics.rollcall,
+                topics.head("sim-1"),
+                topics.outbox(victim),
+            )
+            others += (
+                topics.model_frame("sim-1", 0, 0),
+                topics.presence(victim),
+                topics.prefix + "/agent/" + "x" * 300,
+            )
             self._transport.publish(rng.choice(others), self._nonsense())
         elif topic:
             self._transport.publish(topic, payload)
@@ -74,4 +88,13 @@ class Stranger:
 
     def _nonsense(self) -> bytes:
         rng = self._rng
-        return rng.choice((b"{", b"[" * 5000, b"null", b'{"type":"nothing"}', rng.randbytes(rng.randrange(1, 80)), b"MF" + rng.randbytes(60)))
+        return rng.choice(
+            (
+                b"{",
+                b"[" * 5000,
+                b"null",
+                b'{"type":"nothing"}',
+                rng.randbytes(rng.randrange(1, 80)),
+                b"MF" + rng.randbytes(60),
+            )
+        )

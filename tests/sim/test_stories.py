@@ -114,9 +114,11 @@ def test_an_agent_whose_birth_was_lost_is_found_though_nobody_misses_it():
     slow = Behaviour(training_s=(5.0, 5.0))
     federation = Federation(6, [slow, slow], rounds=100, round_config=RoundConfig(minimum=1, quorum=1))
     birth = federation.topics.presence("agent-1")
-    losing(federation, lambda _, event: event.topic == birth, times=2)
+    losing(federation, lambda _, event: event.topic == birth, times=1)
     federation.start()
-    assert federation.run(lambda: federation.auditor.trainings[len(federation.store.version_rows), "agent-1"] > 0, 330.0)
+    assert federation.run(
+        lambda: federation.auditor.trainings[len(federation.store.version_rows), "agent-1"] > 0, 330.0
+    )
 
 
 # Agents.

@@ -15,6 +15,10 @@ from tests.machines import LAYOUT, digest, header, version_digest
 
 GATES = Gates(layout=LAYOUT, num_frames=3, max_examples=1000, norm_bound=5.0)
 BASE = version_digest(0)
+OTHER_LAYOUT = (
+    f"layout {digest('other')[:12]}, the run's is {LAYOUT.digest[:12]}: "
+    "agent and coordinator run different versions of the task"
+)
 
 
 def judged(gates: Gates = GATES, **changes: Any) -> tuple[str, str] | None:
@@ -34,12 +38,7 @@ def test_a_header_that_fits_passes():
             "model_digest",
             f"trained on model {digest('other')[:12]}, round 1 is on {BASE[:12]}",
         ),
-        (
-            {"layout_digest": digest("other")},
-            "layout",
-            f"layout {digest('other')[:12]}, the run's is {LAYOUT.digest[:12]}: "
-            "agent and coordinator run different versions of the task",
-        ),
+        ({"layout_digest": digest("other")}, "layout", OTHER_LAYOUT),
         ({"num_frames": 2}, "num_frames", "2 frames, the run has 3"),
         ({"num_examples": 0}, "num_examples", "0 examples, expected 1 to 1000"),
         ({"num_examples": 1001}, "num_examples", "1001 examples, expected 1 to 1000"),

@@ -603,6 +603,25 @@ def test_a_receipt_of_another_update_is_stale():
     assert talk.agent.work is AgentState.AWAITING_RECEIPT
 
 
+@in_each_work
+def test_a_disk_that_fails_ends_the_work_with_a_refusal(work: AgentState):
+    talk = at(work)
+    commands = talk.hear(ev.DiskFailed("no space left"))
+    assert [(refusal.reason, refusal.detail) for refusal in said(commands, Refusal)] == [("disk", "no space left")]
+    assert len(of_kind(commands, ev.StopTraining)) == (work is AgentState.TRAINING)
+    assert talk.agent.state is AgentState.IDLE
+    assert (talk.agent.update is not None) == (work in (AgentState.UPLOADING, AgentState.AWAITING_RECEIPT))
+
+
+def test_an_update_that_cannot_be_read_any_more_is_not_offered_again():
+    talk = at(AgentState.UPLOADING)
+    talk.hear(ev.DiskFailed("input/output error", lost_update=True))
+    assert talk.agent.update is None
+    talk.invite(1, 2)
+    assert talk.agent.work is AgentState.FETCHING
+    assert Talk().hear(ev.DiskFailed("no space left")) == []
+
+
 # The connection.
 
 
@@ -783,6 +802,7 @@ def random_event(rng: random.Random, talk: Talk) -> ev.Event:
         ev.TrainingProgressed(rng.random()),
         ev.TrainingFinished(finished(old["run_id"], round_num, version_digest(round_num - 1))),
         ev.TrainingFailed(ev.Objection("memory")),
+        ev.DiskFailed("no space left", lost_update=rng.random() < 0.5),
         ev.TimePassed(),
     ]
     return rng.choice(choices)

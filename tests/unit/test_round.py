@@ -228,6 +228,17 @@ def test_the_first_of_the_draw_are_invited():
     assert list(invite.agent_ids) == draw_order(agents, 5, 1)[:13]
 
 
+def test_agents_that_failed_earlier_attempts_are_drawn_last():
+    agents = [f"a{number}" for number in range(6)]
+    order = draw_order(agents, 7, 1)
+    talk = Talk(target=3, minimum=3, quorum=3, over_select=1.0)
+    talk.round.failures = {order[0]: 2, order[1]: 1}
+    (invite,) = talk.fleet(*agents)
+    assert list(invite.agent_ids) == order[2:5]
+    for agent_id, replacement in zip(order[2:5], (order[5], order[1], order[0]), strict=True):
+        assert talk.hear(AgentRefused(agent_id, "battery")) == [Invite((replacement,))]
+
+
 # The draw.
 
 

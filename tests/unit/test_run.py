@@ -335,6 +335,54 @@ def test_a_broker_that_comes_back_in_the_middle_of_a_round_gets_the_model_and_ca
     assert talk.run.version == Version(1, version_digest(1))
 
 
+def test_agents_that_answer_no_roll_call_for_a_minute_after_the_broker_came_back_are_lost():
+    talk = Talk(config(quorum=1))
+    talk.to_collecting()
+    talk.fleet.lose_all()
+    talk.hear(ev.BrokerLost("gone"))
+    talk.hear(ev.BrokerConnected())
+    talk.come("a")
+    talk.accept("a")
+    talk.wait(59)
+    assert talk.run.attempt.round.members["b"] is MemberState.ACCEPTED
+    talk.wait(1)
+    assert talk.run.attempt.round.members == {"a": MemberState.ACCEPTED, "b": MemberState.LOST}
+    assert [update.agent_id for update in only(talk.update("a"), ev.AggregateUpdates).updates] == ["a"]
+
+
+def test_a_second_loss_of_the_broker_gives_agents_a_minute_of_their_own():
+    talk = Talk()
+    talk.to_collecting()
+    for _ in range(3):
+        talk.fleet.lose_all()
+        talk.hear(ev.BrokerLost("gone"))
+        talk.wait(60)
+        talk.hear(ev.BrokerConnected())
+        talk.wait(40)
+    assert set(talk.run.attempt.round.members.values()) == {MemberState.ACCEPTED}
+
+
+def test_the_roll_is_called_now_and_then_since_a_birth_may_have_been_lost():
+    talk = Talk()
+    talk.to_collecting()
+    # The first call was at 0 s; while nobody is wanted the next is due 10 + 300 s later, and the one after at 620 s.
+    assert len(of_kind(talk.wait(309), ev.CallRoll)) == 0
+    assert len(of_kind(talk.wait(290), ev.CallRoll)) == 1
+
+
+def test_an_abandoned_attempt_calls_the_roll_and_draws_those_that_failed_it_last():
+    talk = Talk(config(target=1, minimum=1, quorum=1, over_select=1.0))
+    talk.prepared()
+    talk.published()
+    (silent,) = sent(talk.come("a"), Invitation)
+    talk.accept(silent)
+    commands = talk.hear(ev.CloseAsked())
+    assert only(commands, ev.CallRoll)
+    talk.come("b", "c", "d", "e")
+    (drawn,) = sent(talk.wait(1), Invitation)
+    assert drawn != silent
+
+
 def test_the_end_of_a_publication_that_was_cut_off_does_not_count():
     talk = Talk()
     talk.prepared()

@@ -1,0 +1,163 @@
+"""Tasks that learn nothing in no time, for tests of the processes that run tasks. The round's options say what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSpec
+
+_LONG_S = 60.0
+
+
+class TinyTask:
+    """Five weights, to which training adds a half, and a counter, to which it adds one."""
+
+    name = "tiny"
+
+    def initial_state(self, seed: int) -> State:
+        return {"w": np.arange(5, dtype=np.float32) + np.float32(seed), "n": np.array(0, np.int64)}
+
+    def load_data(self, spec: DataSpec) -> int:
+        """How many examples there are: one for part 0, two for part 1, and so on."""
+        print("loading")  # as libraries do that show what they download
+        return spec.part + 1
+
+    def num_examples(self, data: int) -> int:
+        return data
+
+    def test_data(self) -> Any | None:
+        return 4
+
+    def train(self, state: State, data: int, spec: TrainSpec, progress: Callable[[float], None]) -> Trained:
+        progress(0.25)
+        fault, value = str(spec.extra.get("fault", "")), spec.extra.get("value", "")
+        trained = {"w": state["w"] + np.float32(0.5), "n": state["n"] + 1}
+        num_examples, metrics = data, {"loss": 0.5, "seed": float(spec.seed % 1000)}
+        match fault:
+            case "raise":
+                raise ValueError(str(value))
+            case "task":
+                raise TaskError("no labels: put some beside the images")
+            case "memory":
+                raise MemoryError
+            case "disk":
+                raise FileNotFoundError(2, "No such file or directory", "images.npz")
+            case "unplugged":
+                raise OSError("the sensor is unplugged")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stuck":
+                time.sleep(_LONG_S)
+            case "slow":  # but it lets go of what is cancelled
+                for step in range(int(_LONG_S / 0.01)):
+                    time.sleep(0.01)
+                    progress(step / 6000)
+            case "wider":
+                trained["w"] = np.zeros(6, np.float32)
+            case "nobody":
+                num_examples = 0
+            case "numpy":
+                num_examples = np.int64(data)
+                metrics = {"loss": np.float32(0.5), "accuracy": np.float64(0.25), "norm": np.float32("inf")}
+                for fraction in (np.float32(0.5), np.float64(7.0), float("nan"), -1.0):
+                    progress(fraction)
+            case "metrics":
+                metrics = {"loss": float("nan"), "huge": 1e301, "low": -float("inf"), "x" * 100: 1.0, "good": -1e300}
+            case "many":
+                metrics = {f"accuracy of label {label}": 1.0 for label in range(1000)}
+            case "not finite":
+                trained["w"] = np.full(5, np.nan, np.float32)
+        return Trained(state=trained, num_examples=num_examples, metrics=metrics)
+
+    def evaluate(self, state: State, data: int) -> Score:
+        """The mean weight is the loss."""
+        loss = float(state["w"].mean())
+        return Score(num_examples=data, loss=loss, metrics={"accuracy": 0.75, "worst": float("nan")})
+
+
+class DataLessTask(TinyTask):
+    """Its data are missing, on agents and on the coordinator."""
+
+    name = "dataless"
+
+    def load_data(self, spec: DataSpec) -> int:
+        raise TaskError(f"no examples in {spec.data_dir}: put some there")
+
+    def test_data(self) -> Any | None:
+        return None
+
+
+class LavishTask(TinyTask):
+    """It reports an accuracy for each of a thousand labels, in numbers of NumPy."""
+
+    name = "lavish"
+
+    def evaluate(self, state: State, data: int) -> Score:
+        metrics = {f"accuracy of label {label}": np.float32(0.5) for label in range(1000)}
+        return Score(num_examples=np.int64(data), loss=np.float32(0.25), metrics=metrics)
+
+
+class InfiniteTask(TinyTask):
+    """Its loss is infinite, and one of NumPy's."""
+
+    name = "infinite"
+
+    def evaluate(self, state: State, data: int) -> Score:
+        return Score(num_examples=data, loss=np.float32("inf"), metrics={"accuracy": np.float32("-inf")})
+
+
+class EmptyTask(TinyTask):
+    """It evaluates on no examples at all."""
+
+    name = "empty"
+
+    def evaluate(self, state: State, data: int) -> Score:
+        return Score(num_examples=0, loss=0.0)
+
+
+class DivergedTask(TinyTask):
+    """Its loss is not finite; nor can it make a model."""
+
+    name = "diverged"
+
+    def initial_state(self, seed: int) -> State:
+        raise ValueError("no such network")
+
+    def evaluate(self, state: State, data: int) -> Score:
+        return Score(num_examples=data, loss=float("nan"))
+
+
+class DeadlyTask(TinyTask):
+    """Whoever evaluates it is killed."""
+
+    name = "deadly"
+
+    def evaluate(self, state: State, data: int) -> Score:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+class EndlessTask(TinyTask):
+    """Its evaluation does not come to an end."""
+
+    name = "endless"
+
+    def evaluate(self, state: State, data: int) -> Score:
+        time.sleep(_LONG_S)
+        raise AssertionError
+
+
+tiny = TinyTask()
+dataless = DataLessTask()
+lavish = LavishTask()
+infinite = InfiniteTask()
+empty = EmptyTask()
+diverged = DivergedTask()
+deadly = DeadlyTask()
+endless = EndlessTask()
