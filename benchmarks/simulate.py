@@ -59,7 +59,7 @@ def simulate(num_agents: int, rounds: int, num_frames: int) -> Result:
 
 
 def broker_alone(num_deliveries: int) -> float:
-    """Seconds that the simulated broker takes for so many deliveries to a client that does nothing, half of them acknowledgements."""
+    """Seconds that the simulated broker takes for so many deliveries, half of them acknowledgements, which are ignored."""
 
     def ignore(event: TransportEvent) -> None:
         pass

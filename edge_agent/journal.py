@@ -11,8 +11,8 @@ One directory per agent:
 An update exists once its footer is whole: it is written last, and one sync makes all of it durable. Files are written in place,
 so that nothing else need be synced. A power failure before that sync may keep the footer and lose what is before it, and cards
 forget bits: what an earlier process left is compared with its digest, since a damaged update would be sent in vain for ever.
-The invitation is not synced: it must outlive a kill, and after a power failure the coordinator invites again. No numpy here: the
-supervisor handles bytes.
+The invitation is not synced: it must outlive a kill, and after a power failure the coordinator invites again. No numpy here:
+the supervisor handles bytes.
 """
 
 from __future__ import annotations

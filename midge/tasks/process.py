@@ -20,6 +20,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Protocol
 
 _LENGTH = struct.Struct("<I")
@@ -163,7 +164,9 @@ def serve(handle: Callable[[bytes, Callable[[bytes], None]], None], interrupt: C
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     stdin, stdout = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints must not end up among the replies
-    with open(os.devnull, "rb") as nothing:  # nor must it read a request. And a thread that waits in sys.stdin holds
+    with Path(os.devnull).open(
+        "rb"
+    ) as nothing:  # nor must it read a request. And a thread that waits in sys.stdin holds
         os.dup2(nothing.fileno(), 0)  # its lock, without which the interpreter cannot end but by SIGABRT
 
     def read() -> None:

@@ -1,4 +1,4 @@
-"""What of a task's figures can travel. A task may report anything: tensors' own types, NaN, a metric for each of a thousand labels."""
+"""What of a task's figures can travel. A task may report anything: numbers of NumPy, NaN, an accuracy for each of 1,000 labels."""
 
 from __future__ import annotations
 

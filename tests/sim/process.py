@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from midge.transport.memory import MemoryTransport
+from midge.transport.memory_client import MemoryTransport
 
 if TYPE_CHECKING:
     from tests.sim.federation import Federation

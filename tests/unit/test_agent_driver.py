@@ -175,7 +175,9 @@ def test_once_connected_it_listens_and_says_that_it_is_there(talk):
 def test_an_invitation_is_on_disk_before_it_is_accepted_and_the_head_is_watched(talk):
     on_disk = []
     publish = talk.transport.publish
-    talk.transport.publish = lambda *args, **kwargs: on_disk.append(talk.journal.invitation()) or publish(*args, **kwargs)
+    talk.transport.publish = lambda *args, **kwargs: (
+        on_disk.append(talk.journal.invitation()) or publish(*args, **kwargs)
+    )
     assert messages(talk.told(INVITATION)) == [Acceptance(**ADDRESS)]
     assert on_disk == [INVITATION]
     assert TOPICS.head("r1") in talk.transport.read
@@ -262,7 +264,7 @@ def test_a_farewell_is_retained_and_takes_back_the_birth(talk):
 
 
 def test_an_update_of_an_earlier_process_is_offered_when_its_round_is_invited_to_again(talk, tmp_path):
-    update, frames, _ = talk.to_uploading()
+    _, frames, _ = talk.to_uploading()
     talk.journal.close()
     again = Talk(Journal(tmp_path))
     sent = again.told(msgspec.structs.replace(INVITATION, attempt=2, epoch=2))
@@ -289,7 +291,9 @@ def test_garbage_is_counted_and_changes_nothing(talk, topic, payload):
     assert (talk.agent.work, talk.agent.head, talk.agent.invitation, talk.agent.epoch) == before
 
 
-@pytest.mark.parametrize("topic", ["", "midge/1/other/coordinator", "midge/1/lab/agent/../inbox", "x" * 70_000, "$SYS/x"])
+@pytest.mark.parametrize(
+    "topic", ["", "midge/1/other/coordinator", "midge/1/lab/agent/../inbox", "x" * 70_000, "$SYS/x"]
+)
 def test_a_topic_that_is_none_of_ours_is_counted(talk, topic):
     assert talk.hear(topic, encode(INVITATION)) == []
     assert talk.driver.num_invalid == 1
@@ -345,7 +349,13 @@ def test_frames_that_do_not_add_up_to_the_digest_are_asked_for_again_and_in_the_
 def test_a_flood_of_anything_on_any_topic_never_raises(talk):
     rng = random.Random(5)
     topics = [INBOX, TOPICS.coordinator, TOPICS.rollcall, TOPICS.head("r1"), TOPICS.head("r2"), *FRAMES, "x/y"]
-    good = [encode(INVITATION), encode(HEAD), encode(status()), encode(RollCall(epoch=1)), *(frame(i) for i in range(3))]
+    good = [
+        encode(INVITATION),
+        encode(HEAD),
+        encode(status()),
+        encode(RollCall(epoch=1)),
+        *(frame(i) for i in range(3)),
+    ]
     good += [encode(Cancel(**ADDRESS, reason="late")), encode(Credit(**ADDRESS, missing=((0, 9),), credit=9))]
     for _ in range(3000):
         payload = bytearray(rng.choice(good))

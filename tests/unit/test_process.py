@@ -184,11 +184,13 @@ def test_what_a_stopped_child_had_forked_is_ended_with_it(child, told):
     wait_until(lambda: not is_running(int(told.replies[0])), "the forked process is ended")
 
 
-def test_a_child_that_breaks_the_protocol_is_ended_and_reported(child, told):
-    child.send(b"break")
+def test_a_child_that_writes_where_replies_go_is_ended_and_reported(told, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    child = Child("tests.unit.tiny_child", ["noisy"], told.reply, told.exit)
     told.wait(0, 1)
-    assert "reply" in told.reasons[0]
+    assert "what it sent is no reply" in told.reasons[0]
     assert not is_running(child.pid)
+    child.stop()
 
 
 def test_a_progress_bar_that_never_ends_its_line_fills_no_memory(child, told):

@@ -1,6 +1,7 @@
 """A child for the tests of `midge.tasks.process`: a request is a word and its argument, and the word says how to behave.
 
-Run as `python -m tests.unit.tiny_child parent`, it is a parent that has such a child, for tests that kill parents.
+Run with the argument `parent`, it is a parent that has such a child, for tests that kill parents; with `noisy`, it writes
+where replies go before it serves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def handle(request: bytes, reply: Callable[[bytes], None]) -> None:
         case b"size":
             reply(b"\x00\xff" * (int(argument) // 2))
         case b"print":
-            print(argument.decode(), flush=True)
+            sys.stdout.write(argument.decode())
+            sys.stdout.flush()
             os.write(1, argument)
             reply(b"printed")
         case b"complain":
@@ -48,9 +50,6 @@ def handle(request: bytes, reply: Callable[[bytes], None]) -> None:
                 time.sleep(_LONG_S)
                 os._exit(0)
             reply(str(pid).encode())
-        case b"break":  # the protocol
-            os.write(_replies_fd(), b"\xff" * 8)
-            time.sleep(_LONG_S)
         case b"train":
             reply(b"began")
             until = time.monotonic() + _LONG_S
@@ -70,23 +69,20 @@ def interrupt(request: bytes) -> bool:
     return False
 
 
-def _replies_fd() -> int:
-    """The descriptor of the pipe to the parent, whose number only `serve` knows."""
-    return max(int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}"))
-
-
 def parent() -> None:
     """Start a child, tell its pid, and wait to be killed."""
     told = threading.Event()
-    child = Child("tests.unit.tiny_child", [], lambda _: told.set(), print)
+    child = Child("tests.unit.tiny_child", [], lambda _: told.set(), lambda _: None)
     child.send(b"train")
     told.wait()
-    print(child.pid, flush=True)
+    sys.stdout.write(f"{child.pid}\n")
+    sys.stdout.flush()
     signal.pause()
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["parent"]:
         parent()
-    else:
-        serve(handle, interrupt)
+    if sys.argv[1:] == ["noisy"]:
+        os.write(1, b"Welcome to tiny 1.0\n")
+    serve(handle, interrupt)

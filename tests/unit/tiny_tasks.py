@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,8 @@ class TinyTask:
 
     def load_data(self, spec: DataSpec) -> int:
         """How many examples there are: one for part 0, two for part 1, and so on."""
-        print("loading")  # as libraries do that show what they download
+        sys.stdout.write("loading\n")  # as libraries do that show what they download
+        sys.stdout.flush()
         return spec.part + 1
 
     def num_examples(self, data: int) -> int:
