@@ -53,7 +53,6 @@ class Compute:
         evaluation_deadline_s: float = 600.0,
     ) -> None:
         self.framing: Framing | None = None
-        self.last_evaluation_s = 0.0
         self._run_id = run_id
         self._spool = spool
         self._models = models
@@ -62,20 +61,22 @@ class Compute:
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
         self._evaluator = Evaluator(task, models.path, put, deadline_s=evaluation_deadline_s)
-        self._asked_at = 0.0
 
     def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
         """Begin; an event follows, in any case."""
         if isinstance(command, ev.AggregateUpdates):
             self._pool.submit(self._aggregate, command)
         else:
-            self._asked_at = now
             self._evaluator.ask(command, now)
 
     def handle(self, event: EvaluatorSpoke, now: float) -> ev.Event | Made | None:
         """What came of an evaluation or of the first model."""
-        self.last_evaluation_s = now - self._asked_at
         return self._evaluator.handle(event, now)
+
+    @property
+    def last_evaluation_s(self) -> float:
+        """How long the last evaluation took."""
+        return self._evaluator.last_duration_s
 
     def deadline(self) -> float:
         """When `tick` has something to do."""
@@ -98,11 +99,12 @@ class Compute:
         self._put(Computed(self._try_aggregate(command)))
 
     def _try_aggregate(self, command: ev.AggregateUpdates) -> ev.UpdatesAggregated | ev.AggregationBroke:
-        assert self.framing is not None
-        counted = [
-            CountedUpdate(u.agent_id, content_tag(u.update_digest), u.num_examples, u.counters) for u in command.updates
-        ]
         try:
+            assert self.framing is not None
+            counted = [
+                CountedUpdate(u.agent_id, content_tag(u.update_digest), u.num_examples, u.counters)
+                for u in command.updates
+            ]
             spool = self._spool.round(self._run_id, command.round_num)
             with self._models.open(command.base_digest) as base:
                 made = aggregate(base, spool, counted, self._strategy, self.framing, self._models, self._num_threads)

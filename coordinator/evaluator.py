@@ -64,7 +64,10 @@ class Evaluator:
         self._request = 0
         self._waiting: deque[tuple[ev.EvaluateModel | ev.PrepareModel, msg.Evaluate | msg.MakeModel]] = deque()
         self._running: ev.EvaluateModel | ev.PrepareModel | None = None
+        self._began_at = 0.0
         self._ends_at = math.inf
+        self.last_duration_s = 0.0
+        """How long the last request took that was answered, without its wait for others."""
 
     def ask(self, command: ev.EvaluateModel | ev.PrepareModel, now: float) -> None:
         """Do this; what came of it is returned by `handle` or `tick`."""
@@ -79,12 +82,15 @@ class Evaluator:
 
     def handle(self, event: EvaluatorSpoke, now: float) -> ev.Event | Made | None:
         """What came of the request under way; None where the event is of a process that was ended."""
-        if event.generation != self._generation or self._running is None:
+        if event.generation != self._generation:
+            return None
+        if event.reply is None:
+            self._child = None  # also where it was idle: the next request needs another
+        if self._running is None:
             return None
         command, self._running = self._running, None
+        self.last_duration_s = now - self._began_at
         self._ends_at = math.inf
-        if event.reply is None:
-            self._child = None
         result = _result(command, event)
         self._next(now)
         return result
@@ -116,23 +122,28 @@ class Evaluator:
         if self._running is not None or not self._waiting:
             return
         self._running, request = self._waiting.popleft()
+        self._began_at = now
+        self._ends_at = now + self._deadline_s
         if self._child is None:
             self._start()
-        assert self._child is not None
-        self._ends_at = now + self._deadline_s
-        self._child.send(_encode(request))
+        if self._child is not None:
+            self._child.send(_encode(request))
 
     def _start(self) -> None:
         self._generation += 1
         generation = self._generation
         threads = str(self._num_threads)
-        self._child = Child(
-            "coordinator.evaluation_worker",
-            [],
-            lambda reply: self._put(EvaluatorSpoke(generation, _decode(reply))),
-            lambda reason: self._put(EvaluatorSpoke(generation, None, reason)),
-            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
-        )
+        try:
+            self._child = Child(
+                "coordinator.evaluation_worker",
+                [],
+                lambda reply: self._put(EvaluatorSpoke(generation, _decode(reply))),
+                lambda reason: self._put(EvaluatorSpoke(generation, None, reason)),
+                {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+            )
+        except OSError as error:  # the request fails, as if the process had died at once
+            self._put(EvaluatorSpoke(generation, None, f"the process cannot be started: {error}"))
+            return
         self._child.send(_encode(self._setup))
 
 

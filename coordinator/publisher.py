@@ -1,7 +1,8 @@
 """The publisher: puts a version of the model at the broker, frames first and head last, a window at a time.
 
 Only so many frames are handed to the connection before the broker has taken earlier ones, so that memory does not depend on
-the model's size. Two slots alternate: the version before stays whole while the next one is published.
+the model's size. Two slots alternate: the version before stays whole while the next one is published. Where the connection is
+lost in the midst, it stops: once there is another, a new publisher begins anew, since the broker may have forgotten everything.
 """
 
 from __future__ import annotations
@@ -68,17 +69,22 @@ class Publisher:
         self._outstanding: set[int] = set()
 
     def pump(self) -> bool:
-        """Publish as much as the window allows; true once all of it, the head too, was handed to the connection."""
+        """Publish as much as the window allows; true once all of it, the head too, was handed to the connection.
+
+        Raises:
+            PacketTooLargeError: a frame, or the head, is above the broker's limit.
+        """
         while self._next < self._framing.num_frames and len(self._outstanding) < WINDOW:
             token = self._publish_frame(self._next)
+            if not token:
+                return False
             self._next += 1
-            if token:
-                self._outstanding.add(token)
+            self._outstanding.add(token)
         if self._next == self._framing.num_frames and not self.is_done:
             payload = encode(self._head)
-            self.num_bytes += len(payload)
-            self._transport.publish(self._topics.head(self._head.run_id), payload, retain=True)
-            self.is_done = True
+            if self._transport.publish(self._topics.head(self._head.run_id), payload, retain=True):
+                self.num_bytes += len(payload)
+                self.is_done = True
         return self.is_done
 
     def taken(self, token: int) -> bool:
@@ -99,9 +105,10 @@ class Publisher:
             content_tag=self._content_tag,
             body=encode_float32(self._model.elements[start:stop]),
         )
-        self.num_bytes += len(frame)
         topic = self._topics.model_frame(self._head.run_id, self._head.slot, index)
-        return self._transport.publish(topic, frame, retain=True)
+        token = self._transport.publish(topic, frame, retain=True)
+        self.num_bytes += len(frame) if token else 0
+        return token
 
 
 def clear_retained(transport: Transport, topics: Topics, run_id: str, num_frames: int) -> None:

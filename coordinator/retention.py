@@ -6,6 +6,9 @@ from coordinator.models import ModelStore
 from coordinator.spool import Spool
 from coordinator.store import Store
 
+_LEAST_KEPT = 2
+"""The version before the last may be under evaluation still, and turn out to be the best."""
+
 
 class Retention:
     """Deletes what is not needed any more.
@@ -14,15 +17,16 @@ class Retention:
         store: the database.
         models: the models.
         spool: the frames.
-        keep_models: latest versions to keep, besides the best.
+        keep_models: latest versions to keep, besides the best; at least two are.
     """
 
     def __init__(self, store: Store, models: ModelStore, spool: Spool, keep_models: int) -> None:
         self._store = store
         self._models = models
         self._spool = spool
-        self._keep = keep_models
+        self._keep = max(keep_models, _LEAST_KEPT)
         self._best: int | None = None
+        self._best_digest: str | None = None
 
     def committed(self, run_id: str, round_num: int, best_round: int | None) -> None:
         """A version was committed, or a better one was found."""
@@ -30,9 +34,14 @@ class Retention:
         candidates = {round_num - self._keep}
         if self._best is not None and self._best != best_round and self._best <= round_num - self._keep:
             candidates.add(self._best)
-        self._best = best_round
+        if best_round != self._best:
+            self._best, self._best_digest = best_round, self._digest(run_id, best_round)
         candidates.discard(best_round if best_round is not None else -1)
         for candidate in candidates:
             digest = self._store.lone_digest(run_id, candidate, kept_from=round_num - self._keep + 1)
-            if digest is not None:
+            if digest is not None and digest != self._best_digest:
                 self._models.delete(digest)
+
+    def _digest(self, run_id: str, round_num: int | None) -> str | None:
+        versions = self._store.versions(run_id) if round_num is not None else []
+        return next((row["digest"] for row in versions if row["round_num"] == round_num), None)

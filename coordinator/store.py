@@ -17,10 +17,12 @@ Tables
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import sqlalchemy as sa
@@ -125,6 +127,10 @@ class StoreError(Exception):
     """The database cannot be used; the message says why and what to do."""
 
 
+class StoreWriteError(StoreError, OSError):
+    """What was to be written is not: the disk is full or fails. The database is as before."""
+
+
 class AgentRow(msgspec.Struct, frozen=True):
     """An agent as it is remembered."""
 
@@ -156,7 +162,9 @@ class Store:
             except OSError as error:
                 raise StoreError(f"{state_dir}: {error.strerror}; choose a writable state_dir") from None
         mode = "ro" if read_only else "rwc"
-        url = f"sqlite:///file:{self.path.absolute()}?mode={mode}&uri=true"
+        # Quoted: a name may hold what has a meaning in an address.
+        file = f"file:{quote(str(self.path.absolute()))}"
+        url = sa.URL.create("sqlite", database=file, query={"mode": mode, "uri": "true"})
         self._engine = sa.create_engine(url, connect_args={"check_same_thread": False, "timeout": 10.0})
         sa.event.listen(self._engine, "connect", _configure)
         try:
@@ -172,11 +180,11 @@ class Store:
         """Close all connections."""
         self._engine.dispose()
 
-    # Writing.
+    # Writing. What cannot be written raises `StoreWriteError`, and changes nothing.
 
     def raise_epoch(self, above: int = 0) -> int:
         """Raise the epoch to one more than it was, and more than `above`, durably; returns it."""
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             row = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "epoch")).scalar()
             epoch = max(int(row or 0), above) + 1
             statement = insert(_meta).values(key="epoch", value=str(epoch))
@@ -191,7 +199,7 @@ class Store:
             char if char.isascii() and char.isalnum() else "-" for char in task.rsplit(":", 1)[-1].lower()
         ).strip("-")[:40]
         run_id = f"{stem or 'run'}-{secrets.token_hex(3)}"
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             number = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_runs.c.number), 0) + 1)).scalar_one()
             connection.execute(
                 _runs.insert().values(
@@ -217,12 +225,12 @@ class Store:
     def set_framing(self, run_id: str, frame_elements: int, num_frames: int) -> None:
         """Remember how a run cuts its vectors, before anything of it is published."""
         values = {"frame_elements": frame_elements, "num_frames": num_frames, "is_published": True}
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(**values))
 
     def set_unpublished(self, run_id: str) -> None:
         """Remember that nothing of a run is retained at the broker any more."""
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(is_published=False))
 
     def save(self, run_id: str, saves: Sequence[ev.Save], agents: Iterable[AgentRow] = ()) -> None:
@@ -238,10 +246,10 @@ class Store:
         for agent in agents:
             row = {**msgspec.structs.asdict(agent), "labels": _to_json(agent.labels).decode(), "changed_at": now}
             rows.setdefault("agent", []).append(row)
-        with self._engine.begin() as connection:
-            for name, values in rows.items():
-                if values:
-                    connection.execute(_STATEMENTS[name], values)
+        with self._transaction() as connection:
+            for name in sorted(rows, key=lambda name: name != "version"):  # first what others are added to
+                if rows[name]:
+                    connection.execute(_STATEMENTS[name], rows[name])
             for version in rows.get("version", ()):
                 done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
                 connection.execute(_STATEMENTS["done_with"], done)
@@ -308,6 +316,14 @@ class Store:
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except sa.exc.OperationalError as error:
+            raise StoreWriteError(f"{self.path}: {error.orig}") from None
 
     def _check_version(self, *, read_only: bool) -> None:
         with self._engine.connect() if read_only else self._engine.begin() as connection:

@@ -10,13 +10,22 @@ from coordinator.driver import Driver, presence_payload
 from coordinator.resume import resume
 from coordinator.retention import Retention
 from coordinator.run import Run
-from midge.transport.base import Connected, Disconnected, TransportEvent, Will
+from midge.transport.base import (
+    Connected,
+    Disconnected,
+    MessageReceived,
+    Published,
+    SubscriptionDenied,
+    TransportEvent,
+    Will,
+)
 from tests.sim.learning import Trained, average, evaluate, initial_model
 from tests.sim.process import Process, WatchedTransport
 
 if TYPE_CHECKING:
     from tests.sim.federation import Federation
 
+_FROM_BROKER = (Connected, Disconnected, MessageReceived, Published, SubscriptionDenied)
 _KEEP_MODELS = 3  # of fewer, one could be gone before it is evaluated
 
 
@@ -43,22 +52,22 @@ class CoordinatorProcess(Process):
         instance = f"instance-{self.generation}"
         will = Will(federation.topics.coordinator, presence_payload(epoch, instance, online=False), delay_s=0)
         self.transport = federation.broker.transport(f"coordinator-{instance}", self._take, will)
+        watched = WatchedTransport(self, self.transport, federation.auditor.published)
+        store, spool, models = cast("Any", (federation.store, federation.spool, federation.models))
         self.driver = Driver(
             federation.topics,
-            WatchedTransport(self, self.transport, federation.auditor.published)
-            if federation.is_audited
-            else self.transport,
-            federation.store,
-            federation.spool,
+            watched if federation.is_audited else self.transport,
+            store,
+            spool,
             self,
-            federation.models.open,
+            models.open,
             self,
             epoch=epoch,
             instance=instance,
         )
-        self._retention = Retention(federation.store, federation.models, federation.spool, _KEEP_MODELS)
+        self._retention = Retention(store, models, spool, _KEEP_MODELS)
         self._retained_for = self._initial = None
-        resumed = resume(federation.store, federation.models, federation.config.run_id)
+        resumed = resume(store, models, federation.config.run_id)
         run = Run(federation.config, epoch=epoch, fleet=self.driver.fleet, now=self.now(), resumed=resumed)
         self.driver.start_run(run, self.now())
         self.transport.start()
@@ -103,10 +112,10 @@ class CoordinatorProcess(Process):
         driver, federation = self.driver, self.federation
         events, self._inbox = self._inbox, []
         for event in events:
-            if isinstance(event, _COMPUTED):
-                driver.step(event, now)
-            else:
+            if isinstance(event, _FROM_BROKER):
                 driver.handle(event, now)
+            else:
+                driver.step(event, now)
         if self._initial is not None and driver.is_connected:
             model, self._initial = federation.models.open(self._initial), None
             federation.store.set_framing(federation.framing.frame_elements)
@@ -205,6 +214,3 @@ class CoordinatorProcess(Process):
 
     def broker_says(self, topic: str, payload: bytes) -> None:
         raise AssertionError("the simulated broker has no $SYS topics")
-
-
-_COMPUTED = (ev.UpdatesAggregated, ev.AggregationBroke, ev.ModelEvaluated, ev.CloseAsked, ev.TimePassed)

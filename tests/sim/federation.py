@@ -13,7 +13,7 @@ import math
 import random
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from coordinator.round import RoundConfig
 from coordinator.run_config import RunConfig
@@ -101,7 +101,7 @@ class Federation:
     @property
     def is_done(self) -> bool:
         """Whether every round is committed."""
-        return self.store.row["state"] == "done"
+        return bool(self.store.row["state"] == "done")
 
     @property
     def num_committed(self) -> int:
@@ -208,7 +208,7 @@ class Federation:
 
 
 @contextlib.contextmanager
-def told(federation: Federation, command: str):
+def told(federation: Federation, command: str) -> Iterator[None]:
     """Add to any failure what happened, and how to see it again."""
     try:
         yield

@@ -82,11 +82,15 @@ def initial_model(seed: int, num_elements: int) -> Model:
 
 
 def train(
-    base_digest: str, elements: NDArray[np.float32], counters: tuple[int, ...], address: tuple[int, int, str]
+    base_digest: str,
+    elements: NDArray[np.float32],
+    counters: tuple[int, ...],
+    address: tuple[int, int, str],
+    salt: str = "",
 ) -> Trained:
-    """What agent `address[2]` makes of these elements, by (seed, round, agent)."""
+    """What agent `address[2]` makes of these elements, by (seed, round, agent); with a salt, something else."""
     seed, round_num, agent_id = address
-    delta = noise(f"{seed}/{round_num}/{agent_id}", len(elements))
+    delta = noise(f"{seed}/{round_num}/{agent_id}{salt}", len(elements))
     num_examples = 1 + hashlib.sha256(f"{seed}/{agent_id}".encode()).digest()[0] % 50
     return Trained(agent_id, round_num, base_digest, num_examples, (counters[0] + num_examples,), elements + delta)
 

@@ -50,7 +50,7 @@ def draw(seed: int) -> Scenario:
     is_strict = rng.random() < 0.5
     num_honest = rng.choice((1, 2, 2, 3, 3, 4, 5))
     num_lasting = num_honest if is_strict else rng.randint(1, num_honest)
-    behaviours = [_honest(rng) for _ in range(num_honest)]
+    behaviours = [_honest(rng, may_vary=not is_strict) for _ in range(num_honest)]
     behaviours += [Behaviour(lie=rng.choice(list(LIES))) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
     links = rng.choice(LINKS)
     federation = Federation(
@@ -76,13 +76,14 @@ def draw(seed: int) -> Scenario:
     return scenario
 
 
-def _honest(rng: random.Random) -> Behaviour:
+def _honest(rng: random.Random, *, may_vary: bool) -> Behaviour:
     shortest_s = rng.choice((0.0, 0.1, 1.0))
     return Behaviour(
         training_s=(shortest_s, shortest_s + rng.choice((0.1, 1.0, 8.0))),
         refuses=rng.choice((0.0, 0.0, 0.3)),
         fails=rng.choice((0.0, 0.0, 0.2)),
         disk_fails=rng.choice((0.0, 0.0, 0.0, 0.05)),
+        varies=may_vary and rng.random() < 0.5,
     )
 
 
@@ -163,6 +164,12 @@ def _kill_an_agent(scenario: Scenario, rng: random.Random) -> None:
     rng.choice(scenario.federation.agents).light_fuse(rng.randint(1, 40))
 
 
+def _lose_an_agents_disk(scenario: Scenario, rng: random.Random) -> None:
+    agent = rng.choice(scenario.federation.agents)
+    scenario.federation.crash(agent)
+    agent.journal.wipe()
+
+
 def _stop_an_agent(scenario: Scenario, rng: random.Random) -> None:
     _stop(scenario.federation, rng.choice(scenario.federation.agents), rng)
 
@@ -199,6 +206,7 @@ _KINDS: tuple[Callable[[Scenario, random.Random], None], ...] = (
     _let_a_connection_go_dead,
     _kill_an_agent,
     _kill_an_agent,
+    _lose_an_agents_disk,
     _stop_an_agent,
     _lose_an_agent_for_good,
     _change_the_links,

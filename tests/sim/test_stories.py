@@ -187,6 +187,22 @@ def test_an_agent_whose_disk_is_full_refuses_and_takes_part_once_there_is_room()
     run(federation)
 
 
+def test_an_agent_that_lost_its_disk_in_mid_upload_trains_again_and_its_first_update_is_late():
+    federation = Federation(21, [HONEST, Behaviour(varies=True)], rounds=1)
+    frames = federation.topics.prefix + "/agent/agent-1/update/"
+    lost = losing(federation, lambda _, event: event.topic.startswith(frames), times=3)
+    federation.start()
+    assert federation.run(lambda: federation.store.tally_rows.get(("received", "")) == 2 and len(lost) == 3, 10.0)
+    agent = federation.agents[1]
+    agent.die(noticed_after_s=45.0)
+    agent.journal.wipe()
+    federation.restart(agent)
+    run(federation)
+    assert federation.auditor.trainings[1, "agent-1"] == 2
+    tallies = federation.store.tally_rows
+    assert (tallies["late", "replaced"], tallies["accepted", ""]) == (1, 2)
+
+
 def test_an_agent_that_died_while_the_broker_was_down_is_given_up_long_before_the_report_deadline():
     slow = Behaviour(training_s=(5.0, 5.0))
     bounds = RoundConfig(minimum=2, quorum=1, report_deadline_s=6000.0)

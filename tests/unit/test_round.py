@@ -213,6 +213,9 @@ def test_over_selection_invites_13_for_a_target_of_10():
     talk = Talk(target=3, minimum=3, over_select=1.3)
     (invite,) = talk.fleet(*(f"a{number}" for number in range(30)))
     assert len(invite.agent_ids) == 4
+    talk = Talk(target=100, minimum=100, over_select=1.1)
+    (invite,) = talk.fleet(*(f"a{number}" for number in range(150)))
+    assert len(invite.agent_ids) == 110  # though 100 * 1.1 is 110.00000000000001 in floating point
 
 
 def test_over_selection_takes_what_the_fleet_has():

@@ -1,0 +1,176 @@
+"""Computations off the loop: an event follows each, whatever becomes of it, and house-keeping troubles nobody."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator import run_events as ev
+from coordinator.compute import Compute, Computed
+from coordinator.evaluator import EvaluatorSpoke, Made
+from coordinator.models import ModelStore
+from coordinator.spool import Spool
+from coordinator.strategies import FedAvg
+from midge.eventqueue import EventQueue
+from midge.wire.frames import FLOAT32, Framing, content_tag, encode_frame, run_tag, update_digest
+from midge.wire.messages import Evaluation
+
+ROOT = Path(__file__).parents[2]
+BOUND_S = 20.0
+
+
+class BrokenStrategy(FedAvg):
+    """It raises what nobody expected."""
+
+    def weight(self, num_examples: int) -> float:
+        raise KeyError("no such weight")
+
+
+class Talk:
+    """Computations for a model of five zeros in frames of two, and updates that are in the spool."""
+
+    def __init__(self, directory: Path, strategy: Any = None) -> None:
+        self.spool = Spool(directory / "spool")
+        self.models = ModelStore(directory / "models")
+        self.queue: EventQueue[Computed | EvaluatorSpoke] = EventQueue()
+        self.compute = Compute(
+            "r1", "tests.unit.tiny_tasks:tiny", self.spool, self.models, strategy or FedAvg(), self.queue.put
+        )
+        self.compute.framing = Framing(5, 2)
+        self.base = self.models.save_state({"w": np.zeros(5, np.float32)})
+
+    def update(self, agent_id: str, value: float, num_examples: int, num_frames: int = 3) -> ev.AcceptedUpdate:
+        """An update of five times `value`, of which so many frames came."""
+        bodies = [np.full(size, value, "<f4").tobytes() for size in (2, 2, 1)]
+        digest = update_digest(hashlib.sha256(body).digest() for body in bodies)
+        for index, body in enumerate(bodies[:num_frames]):
+            frame = encode_frame(
+                codec=FLOAT32,
+                run_tag=run_tag("r1"),
+                round_num=1,
+                index=index,
+                num_elements=len(body) // 4,
+                content_tag=content_tag(digest),
+                body=body,
+            )
+            self.spool.round("r1", 1).append(agent_id, frame, hashlib.sha256(body).digest(), 0.0)
+        return ev.AcceptedUpdate(agent_id, 1, digest, num_examples, (), 0.0)
+
+    def aggregate(self, *updates: ev.AcceptedUpdate, base: str = "") -> ev.Event:
+        self.compute.ask(ev.AggregateUpdates(1, base or self.base, updates), 0.0)
+        (event,) = self.queue.take(BOUND_S)
+        assert isinstance(event, Computed)
+        return event.event
+
+
+@pytest.fixture
+def talk(tmp_path):
+    made = Talk(tmp_path)
+    yield made
+    made.compute.stop()
+    made.spool.close()
+
+
+def test_updates_are_averaged_and_the_next_model_is_stored(talk):
+    # (1 * 1.0 + 3 * 2.0) / 4 = 1.75, and from 0 it is sqrt(5 * 1.75^2) far.
+    event = talk.aggregate(talk.update("a", 1.0, 1), talk.update("b", 2.0, 3))
+    assert isinstance(event, ev.UpdatesAggregated)
+    assert event.delta_norm == pytest.approx(np.sqrt(5) * 1.75, rel=1e-12)
+    with talk.models.open(event.digest) as model:
+        assert model.elements.tolist() == [1.75] * 5
+
+
+def test_an_update_whose_frames_are_not_all_there_breaks_the_aggregation_with_its_name(talk):
+    event = talk.aggregate(talk.update("a", 1.0, 1), talk.update("b", 2.0, 3, num_frames=2))
+    assert isinstance(event, ev.AggregationBroke)
+    assert "b" in event.reason
+    assert talk.models.digests() == {talk.base}
+
+
+def test_a_base_that_is_not_there_breaks_the_aggregation(talk):
+    event = talk.aggregate(talk.update("a", 1.0, 1), base="ab" * 32)
+    assert isinstance(event, ev.AggregationBroke)
+    assert f"model {'ab' * 32} is not in" in event.reason
+
+
+def test_a_disk_that_fails_breaks_the_aggregation(talk, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(talk.models, "writer", fails)
+    event = talk.aggregate(talk.update("a", 1.0, 1))
+    assert event == ev.AggregationBroke("the disk failed: [Errno 28] No space left on device")
+
+
+def test_a_strategy_that_raises_anything_breaks_the_aggregation_and_not_the_thread(tmp_path):
+    talk = Talk(tmp_path, BrokenStrategy())
+    update = talk.update("a", 1.0, 1)
+    for _ in range(2):
+        assert talk.aggregate(update) == ev.AggregationBroke("KeyError: 'no such weight'")
+    talk.compute.stop()
+    talk.spool.close()
+
+
+def test_an_aggregation_before_the_framing_is_known_breaks_too(talk):
+    talk.compute.framing = None
+    assert isinstance(talk.aggregate(talk.update("a", 1.0, 1)), ev.AggregationBroke)
+
+
+def test_house_keeping_is_done_between_aggregations_and_its_errors_are_logged(talk, caplog):
+    order: list[str] = []
+    gate = threading.Event()
+
+    def keep() -> None:
+        assert gate.wait(BOUND_S)
+        order.append("kept")
+        raise OSError("no such file")
+
+    talk.compute.later(keep)
+    update = talk.update("a", 1.0, 1)
+    talk.compute.ask(ev.AggregateUpdates(1, talk.base, (update,)), 0.0)
+    assert talk.queue.take(0.0) == []
+    gate.set()
+    (event,) = talk.queue.take(BOUND_S)
+    assert isinstance(event, Computed)
+    assert isinstance(event.event, ev.UpdatesAggregated)
+    assert order == ["kept"]
+    assert "house-keeping failed" in caplog.text
+
+
+def test_models_and_evaluations_are_asked_of_the_evaluator_with_its_deadline(talk, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    talk.compute.ask(ev.PrepareModel(0), 100.0)
+    assert talk.compute.deadline() == 700.0
+    (event,) = talk.queue.take(BOUND_S)
+    made = talk.compute.handle(event, 101.5)
+    assert isinstance(made, Made)
+    talk.compute.ask(ev.EvaluateModel(0, made.digest), 200.0)
+    (event,) = talk.queue.take(BOUND_S)
+    score = Evaluation(num_examples=4, loss=2.0, metrics={"accuracy": 0.75})
+    assert talk.compute.handle(event, 202.5) == ev.ModelEvaluated(0, score)
+    assert talk.compute.last_evaluation_s == 2.5
+    talk.compute.ask(ev.EvaluateModel(0, made.digest), 300.0)
+    late = talk.compute.tick(900.0)
+    assert late == ev.ModelEvaluated(0, None, "not done after 600 s (evaluation_deadline_s)")
+
+
+def test_stopping_waits_for_the_aggregation_under_way_and_drops_what_waits(talk):
+    done: list[str] = []
+    began, gate = threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        assert gate.wait(BOUND_S)
+        done.append("under way")
+
+    talk.compute.later(work)
+    talk.compute.later(lambda: done.append("waits"))
+    assert began.wait(BOUND_S)
+    threading.Timer(0.02, gate.set).start()
+    talk.compute.stop()
+    assert done == ["under way"]
