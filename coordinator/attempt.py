@@ -35,6 +35,8 @@ from midge.wire.messages import (
 )
 
 _MAX_DIGEST_RETRIES = 2
+_SHOWN_DETAIL = 120
+"""Characters of what an agent says of its refusal that go into the reason of an abandoned round."""
 
 Output = ev.Command | rounds.Commit | rounds.Abandon
 M = TypeVar("M", Invitation, Credit, Receipt, Cancel)
@@ -164,7 +166,8 @@ class Attempt:
             case Refusal(reason=reason, detail=detail):
                 note = ev.AgentSpoke(agent_id, "refused", 0.0, reason, detail)
                 dropped = self._drop_transfer(agent_id, now)
-                return [note, *dropped, *self.step(rounds.AgentRefused(agent_id, reason), now)]
+                why = f"{reason}: {detail[:_SHOWN_DETAIL]}" if detail else reason
+                return [note, *dropped, *self.step(rounds.AgentRefused(agent_id, why), now)]
 
     def on_offer(self, event: ev.UpdateOffered, now: float) -> list[Output]:
         """The header of an update."""

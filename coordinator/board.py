@@ -18,7 +18,8 @@ class AgentView(msgspec.Struct):
     """What one agent is doing."""
 
     agent_id: str
-    presence: str = "online"
+    presence: str = "silent"
+    """As the fleet has it: online, offline, or silent where it was not heard since the coordinator started."""
     activity: str = "idle"
     fraction: float = 0.0
     detail: str = ""
@@ -89,5 +90,5 @@ class Shared:
         with self.lock:
             copied: dict[str, Any] = msgspec.to_builtins(self.board)
         copied["history"] = list(copied["history"].values())
-        copied["agents"] = list(copied["agents"].values())
+        copied["agents"] = [copied["agents"][agent_id] for agent_id in sorted(copied["agents"])]
         return copied

@@ -184,7 +184,7 @@ class Driver:
     def start_run(self, run: Run, now: float) -> None:
         """Make this the current run, and begin or resume it."""
         self.run = run
-        self._commands += run.start()
+        self._take(run.start())
         self.step(ev.TimePassed(), now)
 
     def handle(self, event: TransportEvent, now: float) -> None:
@@ -219,7 +219,16 @@ class Driver:
     def step(self, event: ev.Event, now: float) -> None:
         """Hand an event to the run, and keep what it says for the end of the turn."""
         if self.run is not None:
-            self._commands += self.run.step(event, now)
+            self._take(self.run.step(event, now))
+
+    def _take(self, commands: list[ev.Command]) -> None:
+        """Keep what the run says for the end of the turn; but frames are forgotten before the next one can be stored."""
+        for command in commands:
+            if isinstance(command, ev.ForgetFrames):
+                assert self.run is not None
+                self._spool.forget(self.run.current_round, command.agent_id, content_tag(command.update_digest))
+            else:
+                self._commands.append(command)
 
     def flush(self, now: float) -> None:
         """End the turn: persist, then act. What acting brings about at once is dealt with too.
@@ -357,7 +366,7 @@ class Driver:
         """Someone knows of a higher epoch, from a coordinator that lost its state: agents would ignore a lower one."""
         self.epoch = self._store.raise_epoch(above=epoch)
         if self.run is not None:
-            self._commands += self.run.raise_epoch(self.epoch)
+            self._take(self.run.raise_epoch(self.epoch))
         self._publish_status(online=True)
 
     # What goes out.
@@ -371,9 +380,6 @@ class Driver:
             case ev.CallRoll():
                 spread_s = len(self.fleet.agents) / _ROLL_CALL_RATE
                 self._publish(self.topics.rollcall, encode(RollCall(epoch=self.epoch, spread_s=spread_s)), "control")
-            case ev.ForgetFrames(agent_id, update_digest):
-                assert self.run is not None
-                self._spool.forget(self.run.current_round, agent_id, content_tag(update_digest))
             case ev.PrepareModel() | ev.EvaluateModel() | ev.AggregateUpdates():
                 self._compute.ask(command, now)
             case _ if isinstance(command, ev.NOTES):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -115,7 +116,9 @@ class HttpServer:
         try:
             self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
-            raise HttpError(f"http://{host}:{port}: {error.strerror}; choose another with --set http_port=0") from None
+            raise HttpError(
+                f"http://{host}:{port}: {os.strerror(error.errno or 0)}; choose another with --set http_port=0"
+            ) from None
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._file = state_dir / SERVICE_FILE

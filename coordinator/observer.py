@@ -39,6 +39,7 @@ class Watch:
         self.quorum = 0
         self._metrics = metrics
         self._shared = shared
+        self._fleet = Fleet()
 
     def begin_run(self, run_id: str, target: int, quorum: int) -> None:
         """From now on it is this run that things happen to."""
@@ -74,6 +75,9 @@ class Watch:
         with self._shared.lock:
             self._shared.board.is_connected = is_up
             self._shared.board.broker_problem = "" if isinstance(event, Connected) else event.reason
+            for agent in self._fleet.agents.values():
+                self._agent(agent.agent_id).presence = agent.state  # without a connection none is known to be here
+        self._count_agents()
         if isinstance(event, Connected):
             log_event(_log, logging.INFO, "broker connected", mqtt=event.version)
         else:
@@ -82,7 +86,8 @@ class Watch:
 
     def fleet(self, fleet: Fleet, agent_id: str, change: Change | None) -> None:
         """See `Observer.fleet`."""
-        self._metrics.agents({cast("Any", str(state)): count for state, count in fleet.count().items()})
+        self._fleet = fleet
+        self._count_agents()
         agent = fleet.agents[agent_id]
         with self._shared.lock:
             view = self._agent(agent_id)
@@ -110,6 +115,9 @@ class Watch:
         self._metrics.queue(queue_bytes)
         with self._shared.lock:
             self._shared.board.status = status
+
+    def _count_agents(self) -> None:
+        self._metrics.agents({cast("Any", str(state)): count for state, count in self._fleet.count().items()})
 
     def _note(self, note: ev.Note) -> None:
         board, run = self._shared.board, self.run_id
@@ -141,6 +149,8 @@ class Watch:
                     )
             case ev.UpdateReceived():
                 self._metrics.update_received(run)
+            case ev.MessageStale(kind):
+                self._metrics.stale_message(cast("Any", kind))
             case ev.UpdateSettled(agent_id, outcome, reason, detail):
                 self._update_settled(agent_id, outcome, reason, detail)
 

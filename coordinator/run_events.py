@@ -358,8 +358,15 @@ class UpdateReceived:
     agent_id: str
 
 
-Note = RunChanged | RoundOpened | PhaseEnded | RoundEnded | AgentSpoke | UpdateSettled | UpdateReceived
-NOTES = (RunChanged, RoundOpened, PhaseEnded, RoundEnded, AgentSpoke, UpdateSettled, UpdateReceived)
+@dataclass(frozen=True, slots=True)
+class MessageStale:
+    """A message or a frame of another run, epoch, round or attempt was dropped; `kind` is control or update."""
+
+    kind: str
+
+
+Note = RunChanged | RoundOpened | PhaseEnded | RoundEnded | AgentSpoke | UpdateSettled | UpdateReceived | MessageStale
+NOTES = (RunChanged, RoundOpened, PhaseEnded, RoundEnded, AgentSpoke, UpdateSettled, UpdateReceived, MessageStale)
 
 Save = SaveRun | SaveAttempt | SaveUpdate | SaveVersion | SaveEvaluation | SaveTallies
 SAVES = (SaveRun, SaveAttempt, SaveUpdate, SaveVersion, SaveEvaluation, SaveTallies)

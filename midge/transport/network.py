@@ -307,7 +307,7 @@ class NetworkThread(ABC):
         return False
 
     def _go_online(self, accepted: Connected) -> None:
-        log_event(log, logging.INFO, "connected", broker=str(self._address), mqtt=accepted.version)
+        log_event(log, logging.DEBUG, "connected", broker=str(self._address), mqtt=accepted.version)
         self._online_at = time.monotonic()
         self._reported = ""
         with self._lock:

@@ -1,0 +1,187 @@
+"""What is served over HTTP: metrics, health and readiness with their reasons, and the state as JSON; it changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+import urllib.request
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from coordinator import run_events as ev
+from coordinator.board import AgentView, Board, Shared
+from coordinator.http import SERVICE_FILE, Heart, HttpError, HttpServer, make_app
+from coordinator.metrics import Metrics
+from coordinator.store import Store
+from midge.wire.messages import Evaluation
+from tests.machines import version_digest
+
+SCORE = Evaluation(num_examples=10, loss=0.5, metrics={"accuracy": 0.75})
+
+
+class Talk:
+    """An application, and all that it looks at."""
+
+    def __init__(self, directory) -> None:
+        self.shared = Shared(Board(federation="lab", broker="mqtt://broker:1883", is_connected=True))
+        self.store = Store(directory)
+        self.heart = Heart()
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics("lab", self.registry)
+        self.app = make_app(self.registry, self.shared, self.store, self.heart)
+
+    def request(self, method: str, path: str) -> httpx.Response:
+        """Ask the application itself: no socket, no server."""
+
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://lab") as client:
+                return await client.request(method, path)
+
+        return asyncio.run(ask())
+
+    def get(self, path: str) -> tuple[int, object]:
+        answer = self.request("GET", path)
+        assert answer.headers["content-type"].startswith("application/json")
+        return answer.status_code, answer.json()
+
+    def create_run(self) -> str:
+        return self.store.create_run(federation="lab", task="digits", fingerprint="f", definition={}, rounds=3)
+
+
+@pytest.fixture
+def talk(tmp_path):
+    made = Talk(tmp_path)
+    yield made
+    made.store.close()
+
+
+def test_metrics_are_in_the_format_of_prometheus(talk):
+    talk.metrics.round_ended("r1", "committed", 0.25)
+    answer = talk.request("GET", "/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, sample.labels.get("outcome")): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert samples["midge_rounds_total", "committed"] == 1
+    assert samples["midge_rounds_total", "abandoned"] == 0
+
+
+def test_health_is_well_while_the_loop_turns_and_says_for_how_long_it_has_not(talk):
+    assert talk.get("/healthz") == (200, {"status": "ok"})
+    talk.heart.beat_at = time.monotonic() - 45
+    assert talk.get("/healthz") == (503, {"status": "stalled", "for_s": 45})
+    talk.heart.beat()
+    assert talk.get("/healthz") == (200, {"status": "ok"})
+
+
+def test_readiness_needs_the_broker_and_says_what_stands_in_the_way(talk):
+    assert talk.get("/readyz") == (200, {"status": "ready"})
+    talk.shared.board.is_connected = False
+    assert talk.get("/readyz") == (503, {"status": "the broker cannot be reached: connecting"})
+    talk.shared.board.broker_problem = "not authorised: check the password"
+    assert talk.get("/readyz") == (503, {"status": "the broker cannot be reached: not authorised: check the password"})
+    talk.shared.board.is_connected = True
+    talk.heart.problem = "the disk is full"
+    assert talk.get("/readyz") == (503, {"status": "the disk is full"})
+
+
+def test_the_status_is_the_board(talk):
+    board = talk.shared.board
+    board.run_id, board.rounds, board.status = "digits-1", 3, "round 1 of 3: 1 of 2 reported"
+    board.agents["pi-1"] = AgentView("pi-1", activity="training", fraction=0.5)
+    board.round_view(0).central = SCORE
+    board.round_view(1).duration_s = 0.25
+    status, body = talk.get("/api/v1/status")
+    assert status == 200
+    assert (body["run_id"], body["status"], body["is_connected"]) == ("digits-1", board.status, True)
+    assert [(agent["agent_id"], agent["activity"], agent["fraction"]) for agent in body["agents"]] == [
+        ("pi-1", "training", 0.5)
+    ]
+    assert [view["round_num"] for view in body["history"]] == [0, 1]
+    assert body["history"][0]["central"] == {"num_examples": 10, "loss": 0.5, "metrics": {"accuracy": 0.75}}
+    assert talk.get("/api/v1/agents") == (200, body["agents"])
+
+
+def test_runs_and_their_versions_are_listed(talk):
+    assert talk.get("/api/v1/runs") == (200, [])
+    run_id = talk.create_run()
+    talk.store.save(run_id, [ev.SaveVersion(0, version_digest(0), None)])
+    talk.store.save(run_id, [ev.SaveEvaluation(0, "central", SCORE)])
+    status, runs = talk.get("/api/v1/runs")
+    assert (status, [run["run_id"] for run in runs]) == (200, [run_id])
+    status, versions = talk.get(f"/api/v1/runs/{run_id}/versions")
+    assert status == 200
+    assert [(row["round_num"], row["digest"]) for row in versions] == [(0, version_digest(0))]
+    assert versions[0]["central"]["metrics"] == {"accuracy": 0.75}
+
+
+def test_a_run_without_versions_has_none_and_a_run_that_is_not_there_is_not_found(talk):
+    assert talk.get(f"/api/v1/runs/{talk.create_run()}/versions") == (200, [])
+    expected = (404, {"error": "there is no such run; /api/v1/runs lists them"})
+    assert talk.get("/api/v1/runs/none/versions") == expected
+    assert talk.get("/api/v1/runs/' OR 1=1 --/versions") == expected
+
+
+@pytest.mark.parametrize("path", ["/", "/api", "/api/v1", "/api/v1/runs/x", "/metrics/x", "/../etc/passwd", "/docs"])
+def test_nothing_else_is_there(talk, path):
+    assert talk.request("GET", path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/api/v1/status", "/api/v1/runs", "/api/v1/agents"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+def test_nothing_can_be_changed(talk, path, method):
+    assert talk.request(method, path).status_code == 405
+
+
+# The server.
+
+
+def test_a_server_tells_where_it_is_serves_and_leaves_nothing_behind(talk, tmp_path):
+    server = HttpServer(talk.app, "127.0.0.1", 0, tmp_path)
+    server.start()
+    url = json.loads((tmp_path / SERVICE_FILE).read_text())["url"]
+    assert url == server.url == f"http://127.0.0.1:{server.port}"
+    with urllib.request.urlopen(f"{url}/healthz", timeout=10) as answer:
+        assert json.load(answer) == {"status": "ok"}
+    server.stop()
+    assert not (tmp_path / SERVICE_FILE).exists()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{url}/healthz", timeout=1)
+    HttpServer(talk.app, "127.0.0.1", server.port, tmp_path)._socket.close()
+
+
+def test_a_server_that_is_stopped_at_once_leaves_nothing_behind_either(talk, tmp_path):
+    server = HttpServer(talk.app, "127.0.0.1", 0, tmp_path)
+    server.start()
+    server.stop()
+    assert not server._thread.is_alive()
+    assert not (tmp_path / SERVICE_FILE).exists()
+
+
+def test_a_port_that_is_taken_is_an_error_with_what_to_do(talk, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HttpError, match=f"http://127.0.0.1:{port}: Address already in use.*; choose another with"):
+            HttpServer(talk.app, "127.0.0.1", port, tmp_path)
+
+
+def test_an_address_that_is_not_this_machines_is_an_error(talk, tmp_path):
+    with pytest.raises(HttpError, match=r"http://192.0.2.1:0: .*; choose another with"):
+        HttpServer(talk.app, "192.0.2.1", 0, tmp_path)  # an address that documentation alone may use
+
+
+def test_an_address_of_version_6_stands_in_brackets(talk, tmp_path):
+    try:
+        server = HttpServer(talk.app, "::1", 0, tmp_path)
+    except HttpError:
+        pytest.skip("this machine has no IPv6")
+    server._socket.close()
+    assert server.url == f"http://[::1]:{server.port}"
