@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from coordinator import run_events as ev
+from coordinator.attempt import address_of
 from coordinator.cohort import Change, Fleet
 from coordinator.gates import delta_sum_squares
 from coordinator.models import ModelFile
@@ -40,7 +41,7 @@ from midge.transport.base import (
     TransportEvent,
 )
 from midge.wire.codecs import FLOAT32, decode_float32
-from midge.wire.errors import FrameError, WireError
+from midge.wire.errors import FrameError, MessageError, WireError
 from midge.wire.frames import Frame, content_tag, decode_frame
 from midge.wire.messages import (
     CoordinatorStatus,
@@ -57,6 +58,7 @@ _log = logging.getLogger("coordinator")
 _LONGEST_DELAY_S = 0.5
 """What need not be saved at once is saved after this time at the latest."""
 _MAX_EPOCH_JUMP = 1_000_000
+"""An epoch grows by one at a start. What is so far above ours is no epoch, and going above it would be for ever."""
 _ROLL_CALL_RATE = 500.0
 """Answers to a roll call per second that are asked for: it is spread over the fleet's size by this."""
 
@@ -307,6 +309,8 @@ class Driver:
         frame = decode_frame(payload)
         verdict = self.run.frame_verdict(agent_id, frame, index)
         if verdict is not Verdict.WANTED:
+            if verdict is Verdict.STALE:
+                self._observer.note(ev.MessageStale("update"))
             self.step(ev.FrameDropped(agent_id, verdict), now)
             return
         facts = self._facts(frame)
@@ -327,11 +331,13 @@ class Driver:
 
     def _on_outbox(self, agent_id: str, payload: bytes, now: float) -> None:
         message = decode_to_coordinator(payload)
+        run = self.run
         if not isinstance(message, UpdateHeader):
+            if run is None or run.attempt is None or run.attempt.address != address_of(message):
+                self._observer.note(ev.MessageStale("control"))
             self.step(ev.MessageCame(agent_id, message), now)
             return
         stored: Mapping[int, FrameFacts] = {}
-        run = self.run
         if run is not None and (message.run_id, message.round_num) == (run.config.run_id, run.current_round):
             stored = self._spool.stored(message.round_num, agent_id, content_tag(message.update_digest))
         self.step(ev.UpdateOffered(agent_id, message, stored), now)
@@ -355,6 +361,10 @@ class Driver:
             if not status.online:  # the will of an earlier coordinator came late, and says that there is none
                 self._publish_status(online=True)
             return
+        if status.epoch >= self.epoch + _MAX_EPOCH_JUMP:
+            raise MessageError(
+                f"a coordinator's presence of epoch {status.epoch}: expected one near our own {self.epoch}"
+            )
         if status.online and not retained:
             raise SupersededError(
                 f"another coordinator of federation {self.topics.federation} started (epoch {status.epoch}, this one has "
@@ -417,7 +427,13 @@ class Driver:
 
     def _pump(self, now: float) -> None:
         publisher = self._publisher
-        if publisher is not None and publisher.pump():
+        try:
+            is_done = publisher is not None and publisher.pump()
+        except PacketTooLargeError as error:  # another broker than the run began with; the next connection tries again
+            self._publisher = None
+            log_event(_log, logging.ERROR, "model not published", error=error)
+            return
+        if publisher is not None and is_done:
             self._observer.traffic("out", "model", publisher.num_bytes)
             self._publisher = None
             self.step(ev.ModelPublished(publisher.round_num), now)

@@ -1,4 +1,7 @@
-"""The observer: turns what happens into log lines, metrics and the board. Nothing depends on it."""
+"""The observer: turns what happens into log lines, metrics and the board. Nothing depends on it.
+
+What an agent says of itself reaches terminals through the board: there, as in the log, what is not printable is escaped.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +117,7 @@ class Watch:
             self._metrics.waiting(self.run_id, num_missing)
         self._metrics.queue(queue_bytes)
         with self._shared.lock:
-            self._shared.board.status = status
+            self._shared.board.status = _printable(status)
 
     def _count_agents(self) -> None:
         self._metrics.agents({cast("Any", str(state)): count for state, count in self._fleet.count().items()})
@@ -123,7 +126,7 @@ class Watch:
         board, run = self._shared.board, self.run_id
         match note:
             case ev.RunChanged(state, reason):
-                board.state, board.reason = state, reason
+                board.state, board.reason = state, _printable(reason)
                 self._metrics.run_state(run, cast("Any", _RUN_STATES.get(state, state)))
                 level = logging.ERROR if state == "failed" else logging.INFO
                 if state in ("done", "failed", "stopped"):
@@ -140,7 +143,7 @@ class Watch:
                 view = self._agent(agent_id)
                 # Who took its invitation fetches the model first; "accepted" is said of updates here.
                 view.activity = "fetching" if state == "accepted" else state
-                view.fraction, view.detail = fraction, detail
+                view.fraction, view.detail = fraction, _printable(detail)
                 if state == "refused":
                     self._metrics.refusal(run, reason)
                     fields = {"run": run, "round": board.round_num, "agent": agent_id}
@@ -158,7 +161,7 @@ class Watch:
         self._metrics.update(self.run_id, cast("Any", outcome), reason or None)
         if outcome in ("accepted", "rejected"):
             view = self._agent(agent_id)
-            view.activity, view.fraction, view.detail = outcome, 1.0, detail
+            view.activity, view.fraction, view.detail = outcome, 1.0, _printable(detail)
         if outcome == "rejected":
             log_event(
                 _log,
@@ -187,7 +190,8 @@ class Watch:
                 duration_s=round(note.duration_s, 3),
             )
         else:
-            self._shared.board.add_event(f"round {note.round_num}, attempt {note.attempt} abandoned: {note.reason}")
+            event = f"round {note.round_num}, attempt {note.attempt} abandoned: {note.reason}"
+            self._shared.board.add_event(_printable(event))
             log_event(_log, logging.WARNING, "round abandoned", **address, reason=note.reason)
         for view in self._shared.board.agents.values():
             if view.activity not in ("offline", "refused"):
@@ -236,3 +240,7 @@ class Watch:
         if agent_id not in agents:
             agents[agent_id] = AgentView(agent_id)
         return agents[agent_id]
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

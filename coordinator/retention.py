@@ -6,8 +6,8 @@ from coordinator.models import ModelStore
 from coordinator.spool import Spool
 from coordinator.store import Store
 
-_LEAST_KEPT = 2
-"""The version before the last may be under evaluation still, and turn out to be the best."""
+_LEAST_KEPT = 3
+"""Versions before the last may be under evaluation still, and turn out to be the best."""
 
 
 class Retention:
@@ -17,7 +17,7 @@ class Retention:
         store: the database.
         models: the models.
         spool: the frames.
-        keep_models: latest versions to keep, besides the best; at least two are.
+        keep_models: latest versions to keep, besides the best; at least three are.
     """
 
     def __init__(self, store: Store, models: ModelStore, spool: Spool, keep_models: int) -> None:

@@ -1,4 +1,4 @@
-"""What of a task's figures can travel. A task may report anything: NumPy's numbers, NaN, an accuracy for each of 1,000 labels."""
+"""What of a task's figures can travel. A task may report anything: NumPy's numbers, NaN, accuracies of a thousand labels."""
 
 from __future__ import annotations
 

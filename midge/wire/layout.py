@@ -8,6 +8,7 @@ no tensor is ever matched by position, broadcast or cast to another shape.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -148,3 +149,9 @@ def model_hash(layout: Layout, counters: Sequence[int]) -> hashlib._Hash:
     """
     layout.check_counters(counters)
     return hashlib.sha256(b"midge-model-1\n" + bytes.fromhex(layout.digest) + msgspec.json.encode(list(counters)))
+
+
+@functools.lru_cache(maxsize=8)
+def layout_of(tensors: tuple[TensorSpec, ...]) -> Layout:
+    """The layout of these tensors; a run's heads all bring the same ones, so that the last few are remembered."""
+    return Layout(tensors)

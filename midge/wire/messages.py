@@ -13,7 +13,7 @@ import msgspec
 from midge.wire.errors import FrameError, MessageError
 from midge.wire.frames import MAX_FRAMES, Framing
 from midge.wire.identifiers import PATTERN
-from midge.wire.layout import MAX_COUNTERS, MAX_TENSORS, Layout, TensorSpec
+from midge.wire.layout import MAX_COUNTERS, MAX_TENSORS, TensorSpec, layout_of
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """Above the largest head (`MAX_CANONICAL_BYTES` of layout, and its counters); all other messages are far smaller."""
@@ -105,7 +105,7 @@ class Head(_Message, frozen=True, kw_only=True, tag="head"):
 
     def __post_init__(self) -> None:
         """Hold together what no field can say alone: an agent makes room on disk for what a head says."""
-        layout = Layout(self.layout)
+        layout = layout_of(self.layout)
         layout.check_counters(self.counters)
         num_frames = Framing(layout.num_elements, self.frame_elements).num_frames
         if num_frames > MAX_FRAMES:

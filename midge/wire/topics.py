@@ -14,6 +14,7 @@ All of them live below `midge/1/<federation>/` and have at most 7 slashes, which
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -148,31 +149,36 @@ class Topics:
         Raises:
             TopicError: it is none of this federation's topics.
         """
-        if len(topic) <= _MAX_TOPIC_LENGTH and topic.startswith(self.prefix + "/"):
-            match topic[len(self.prefix) + 1 :].split("/"):
-                case ["agent", agent_id, "outbox"] if is_identifier(agent_id):
-                    return OutboxTopic(agent_id)
-                case ["agent", agent_id, "update", shard, index] if (
-                    is_identifier(agent_id) and _NUMBER.fullmatch(shard) and _NUMBER.fullmatch(index)
-                ):
-                    return UpdateFrameTopic(agent_id, int(shard), int(index))
-                case ["agent", agent_id, "inbox"] if is_identifier(agent_id):
-                    return InboxTopic(agent_id)
-                case ["agent", agent_id, "presence"] if is_identifier(agent_id):
-                    return PresenceTopic(agent_id)
-                case ["model", run_id, "head"] if is_identifier(run_id):
-                    return HeadTopic(run_id)
-                case ["model", run_id, slot, index] if (
-                    is_identifier(run_id) and _NUMBER.fullmatch(slot) and _NUMBER.fullmatch(index)
-                ):
-                    if int(slot) < NUM_SLOTS:
-                        return ModelFrameTopic(run_id, int(slot), int(index))
-                case ["coordinator"]:
-                    return CoordinatorTopic()
-                case ["rollcall"]:
-                    return RollCallTopic()
-        shown = topic if len(topic) <= 120 else topic[:117] + "..."
-        raise TopicError(f"topic {shown!r}: not one of federation {self.federation!r} (expected {self.prefix}/...)")
+        return _parse(self.prefix, self.federation, topic)
 
     def _agent(self, agent_id: str) -> str:
         return f"{self.prefix}/agent/{check_identifier('agent', agent_id)}"
+
+
+@functools.lru_cache(maxsize=8192)
+def _parse(prefix: str, federation: str, topic: str) -> Topic:
+    if len(topic) <= _MAX_TOPIC_LENGTH and topic.startswith(prefix + "/"):
+        match topic[len(prefix) + 1 :].split("/"):
+            case ["agent", agent_id, "outbox"] if is_identifier(agent_id):
+                return OutboxTopic(agent_id)
+            case ["agent", agent_id, "update", shard, index] if (
+                is_identifier(agent_id) and _NUMBER.fullmatch(shard) and _NUMBER.fullmatch(index)
+            ):
+                return UpdateFrameTopic(agent_id, int(shard), int(index))
+            case ["agent", agent_id, "inbox"] if is_identifier(agent_id):
+                return InboxTopic(agent_id)
+            case ["agent", agent_id, "presence"] if is_identifier(agent_id):
+                return PresenceTopic(agent_id)
+            case ["model", run_id, "head"] if is_identifier(run_id):
+                return HeadTopic(run_id)
+            case ["model", run_id, slot, index] if (
+                is_identifier(run_id) and _NUMBER.fullmatch(slot) and _NUMBER.fullmatch(index)
+            ):
+                if int(slot) < NUM_SLOTS:
+                    return ModelFrameTopic(run_id, int(slot), int(index))
+            case ["coordinator"]:
+                return CoordinatorTopic()
+            case ["rollcall"]:
+                return RollCallTopic()
+    shown = topic if len(topic) <= 120 else topic[:117] + "..."
+    raise TopicError(f"topic {shown!r}: not one of federation {federation!r} (expected {prefix}/...)")

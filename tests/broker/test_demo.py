@@ -24,6 +24,7 @@ from coordinator.demo_screen import LiveScreen
 from coordinator.report import Learned, Report, Round, judge
 from midge.transport.base import MessageReceived
 from midge.wire.messages import Evaluation
+from tests.environment import unmeasured
 
 PATIENCE_S = 40.0
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -32,16 +33,21 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Demo:
     """A running `coordinator demo`, all the processes below it that were seen, and the ports that they listened on."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, is_measured: bool = False) -> None:
         self.out = directory / "out"
         self.scratch = directory / "scratch"
         self.scratch.mkdir()
+        environment = dict(os.environ) if is_measured else unmeasured()
         with (directory / "stderr").open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "coordinator", "demo", "--out", str(self.out), *options],
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, "TMPDIR": str(self.scratch), "MIDGE_ROUNDS": "none of the demonstration's business"},
+                env={
+                    **environment,
+                    "TMPDIR": str(self.scratch),
+                    "MIDGE_ROUNDS": "none of the demonstration's business",
+                },
                 text=True,
             )
         self._errors = directory / "stderr"
@@ -109,8 +115,8 @@ def _catches_signals(demo: Demo) -> bool:
 def start_demo(tmp_path):
     started = []
 
-    def start(*options: str) -> Demo:
-        started.append(Demo(tmp_path, *options))
+    def start(*options: str, is_measured: bool = False) -> Demo:
+        started.append(Demo(tmp_path, *options, is_measured=is_measured))
         return started[-1]
 
     yield start
@@ -121,7 +127,7 @@ def start_demo(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mosquitto", "embedded"])
 def test_the_report_says_what_was_learned_and_the_exit_code_whether_it_is_enough(start_demo, kind):
-    demo = start_demo("--rounds", "4", "--agents", "3", "--broker", kind, "--json")
+    demo = start_demo("--rounds", "4", "--agents", "3", "--broker", kind, "--json", is_measured=True)
     status, printed = demo.wait()
     report = json.loads(printed)
     assert report == json.loads((demo.out / "report.json").read_text())

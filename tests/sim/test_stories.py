@@ -214,6 +214,19 @@ def test_an_agent_that_died_while_the_broker_was_down_is_given_up_long_before_th
     run(federation, limit_s=federation.now + 70.0)
 
 
+def test_while_agents_train_for_an_hour_next_to_nothing_is_said():
+    patient = Behaviour(training_s=(3600.0, 3600.0))
+    bounds = RoundConfig(minimum=2, quorum=2, report_deadline_s=1e5)
+    federation = Federation(22, [patient, patient], rounds=1, round_config=bounds, is_strict=True)
+    until_training(federation, 1)
+    federation.run(lambda: False, 100.0)
+    before = federation.broker.num_delivered
+    federation.run(lambda: False, 3100.0)
+    # Ten roll calls: each reaches two agents, who answer; the broker acknowledges all three. And one word of progress each.
+    assert federation.broker.num_delivered - before <= 10 * (2 + 2 + 3) + 2
+    run(federation, limit_s=4000.0)
+
+
 # The coordinator and the broker.
 
 

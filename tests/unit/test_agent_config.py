@@ -12,6 +12,7 @@ import pytest
 from edge_agent.config import Settings, agent_id_from, load_settings
 from midge.settings import SettingsError, describe, markdown
 from midge.wire.identifiers import is_identifier
+from tests.environment import unmeasured
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -148,7 +149,7 @@ status = pathlib.Path("/proc/self/status").read_text()
 print(json.dumps([sorted(sys.modules), int(status.partition("VmRSS:")[2].split()[0])]))
 """
     command = [sys.executable, "-c", code, str(tmp_path / "agent.json")]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60).stdout
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60, env=unmeasured()).stdout
     modules, memory_kib = json.loads(output)
     heavy = {"numpy", "torch", "rich", "asyncio", "ssl", "paho", "sqlalchemy", "click", "tomllib", "difflib"}
     assert heavy.isdisjoint(modules)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import time
-import urllib.request
 
 import httpx
 import pytest
@@ -135,7 +134,9 @@ def test_nothing_else_is_there(talk, path):
     assert talk.request("GET", path).status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/api/v1/status", "/api/v1/runs", "/api/v1/agents"])
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/healthz", "/readyz", "/api/v1/status", "/api/v1/runs", "/api/v1/agents"]
+)
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 def test_nothing_can_be_changed(talk, path, method):
     assert talk.request(method, path).status_code == 405
@@ -149,12 +150,11 @@ def test_a_server_tells_where_it_is_serves_and_leaves_nothing_behind(talk, tmp_p
     server.start()
     url = json.loads((tmp_path / SERVICE_FILE).read_text())["url"]
     assert url == server.url == f"http://127.0.0.1:{server.port}"
-    with urllib.request.urlopen(f"{url}/healthz", timeout=10) as answer:
-        assert json.load(answer) == {"status": "ok"}
+    assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
     server.stop()
     assert not (tmp_path / SERVICE_FILE).exists()
-    with pytest.raises(OSError):
-        urllib.request.urlopen(f"{url}/healthz", timeout=1)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz", timeout=1)
     HttpServer(talk.app, "127.0.0.1", server.port, tmp_path)._socket.close()
 
 

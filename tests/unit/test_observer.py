@@ -1,0 +1,305 @@
+"""The observer: metrics say what the run's own counts say, the board what a person asks, and neither grows without bound."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from coordinator import run_events as ev
+from coordinator.board import HISTORY, Board, Shared
+from coordinator.cohort import Change, Fleet
+from coordinator.metrics import Metrics
+from coordinator.observer import Watch
+from coordinator.round import MemberState, RoundState
+from midge.transport.base import Connected, Disconnected
+from midge.wire.errors import MessageError
+from midge.wire.messages import Evaluation, Refusal
+from tests.machines import RUN_ID, Talk, config, presence, version_digest
+
+SCORE = Evaluation(num_examples=10, loss=0.5, metrics={"accuracy": 0.75, "recall": 0.5})
+
+
+class Watched:
+    """An observer, and what it shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.shared = Shared(Board(federation="lab", broker="mqtt://broker:1883"))
+        self.watch = Watch(Metrics("lab", self.registry), self.shared)
+        self.watch.begin_run(RUN_ID, target=3, quorum=2)
+
+    @property
+    def board(self) -> Board:
+        return self.shared.board
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, {"federation": "lab", **labels})
+
+    def of_run(self, name: str, **labels: str) -> float | None:
+        return self.value(name, run=RUN_ID, **labels)
+
+    def updates(self) -> Counter[str]:
+        """Updates by outcome."""
+        counts: Counter[str] = Counter()
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if sample.name == "midge_updates_total" and sample.value:
+                    counts[sample.labels["outcome"]] += int(sample.value)
+        return counts
+
+    def tell(self, commands: list[ev.Command]) -> None:
+        """Do with the run's commands what the driver does."""
+        for command in commands:
+            if isinstance(command, ev.NOTES):
+                self.watch.note(command)
+            elif isinstance(command, ev.SAVES):
+                self.watch.saved(command)
+
+    def hear(self, fleet: Fleet, agent_id: str, **changes: Any) -> None:
+        """An agent's presence comes."""
+        change = fleet.hear(agent_id, presence(**changes), retained=False)
+        self.watch.fleet(fleet, agent_id, change)
+
+
+@pytest.fixture
+def watched():
+    return Watched()
+
+
+def test_metrics_count_updates_as_the_run_does(watched):
+    talk = Talk(config(rounds=2, minimum=3))
+    watched.tell(talk.first)
+    watched.tell(talk.to_collecting("a", "b", "c"))
+    address = talk.address
+    watched.tell(talk.update("a"))
+    watched.tell(talk.update("a"))  # once more: a duplicate
+    watched.tell(talk.offer("stranger"))  # rejected: it was not invited
+    watched.tell(talk.offer("b", num_examples=0))  # rejected
+    watched.tell(talk.offer("c", address=address._replace(round_num=9)))  # late
+    watched.tell(talk.update("c"))
+    watched.tell(talk.aggregated())
+    watched.tell(talk.offer("b", address=address))  # late: the round is over
+    tallies = talk.run.tallies
+    assert tallies.num_received == 7
+    assert watched.of_run("midge_updates_received_total") == tallies.num_received
+    by_outcome: Counter[str] = Counter()
+    for (outcome, _), count in tallies.counts.items():
+        by_outcome[outcome] += count
+    received = by_outcome.pop("received")
+    assert watched.updates() == by_outcome == {"accepted": 2, "duplicate": 1, "rejected": 2, "late": 2}
+    assert by_outcome.total() == received
+    for reason in ("identity", "num_examples"):
+        assert watched.of_run("midge_updates_total", outcome="rejected", reason=reason) == 1
+    assert watched.of_run("midge_rounds_total", outcome="committed") == 1
+
+
+def test_a_refusal_is_counted_by_its_reason_and_shown_with_its_words(watched, caplog):
+    talk = Talk(config(rounds=2, minimum=3))
+    watched.tell(talk.first + talk.to_collecting("a", "b", "c"))
+    refusal = Refusal(**talk.address._asdict(), reason="battery", detail="12 % left")
+    with caplog.at_level(logging.WARNING, "coordinator"):
+        watched.tell(talk.hear(ev.MessageCame("a", refusal)))
+    assert watched.of_run("midge_refusals_total", reason="battery") == 1
+    view = watched.board.agents["a"]
+    assert (view.activity, view.detail) == ("refused", "12 % left")
+    assert "agent refused" in caplog.text
+
+
+def test_what_an_agent_says_cannot_steer_the_terminal_that_shows_it(watched):
+    words = "\x1b[2J\x07 sensor\r\nround committed \u202e\x9b31m"
+    watched.watch.note(ev.AgentSpoke("a", "refused", 0.0, "worker", words))
+    watched.watch.note(ev.UpdateSettled("b", "rejected", "norm", words))
+    watched.watch.note(ev.RoundEnded(1, 1, "abandoned", words, 1.0, 0, 0, 0.0, ()))
+    watched.watch.note(ev.RunChanged("failed", words))
+    watched.watch.look(words, 0, 0)
+    board = watched.board
+    shown = [board.status, board.reason, *board.events, *(view.detail for view in board.agents.values())]
+    assert len(shown) == 5
+    for text in shown:
+        assert "\\x1b[2J\\x07 sensor\\r\\nround committed \\u202e\\x9b31m" in text
+        assert text.isprintable()
+
+
+def test_stale_and_invalid_messages_are_counted_by_kind(watched):
+    for kind in ("control", "update", "update"):
+        watched.watch.note(ev.MessageStale(kind))
+    for kind in ("presence", "update", "outbox", "coordinator", "other"):
+        watched.watch.refused(kind, MessageError("no JSON"))
+    assert watched.value("midge_messages_stale_total", kind="control") == 1
+    assert watched.value("midge_messages_stale_total", kind="update") == 2
+    assert watched.value("midge_messages_invalid_total", kind="presence") == 1
+    assert watched.value("midge_messages_invalid_total", kind="update") == 1
+    assert watched.value("midge_messages_invalid_total", kind="control") == 3
+
+
+def test_traffic_and_the_brokers_own_figures_are_counted(watched):
+    watched.watch.traffic("in", "update", 100)
+    watched.watch.traffic("in", "update", 50)
+    watched.watch.broker_says("$SYS/broker/publish/messages/dropped", b"7")
+    assert watched.value("midge_traffic_bytes_total", direction="in", kind="update") == 150
+    assert watched.value("midge_messages_total", direction="in", kind="update") == 2
+    assert watched.value("midge_broker_messages_dropped_total") == 7
+
+
+def test_a_round_is_followed_from_its_opening_to_its_end(watched):
+    watch, board = watched.watch, watched.board
+    watch.note(ev.RunChanged("in_round", ""))
+    watch.note(ev.RoundOpened(4, 2))
+    assert (board.state, board.round_num, board.attempt) == ("in_round", 4, 2)
+    assert watched.of_run("midge_run_state", state="running") == 1
+    assert (watched.of_run("midge_cohort_target"), watched.of_run("midge_quorum")) == (3, 2)
+    members = {"a": MemberState.REPORTED, "b": MemberState.ACCEPTED, "c": MemberState.INVITED, "d": MemberState.LOST}
+    watch.saved(ev.SaveAttempt(4, 2, RoundState.COLLECTING, "", members))
+    counts = [watched.of_run(f"midge_cohort_{name}") for name in ("invited", "accepted", "reported")]
+    assert counts == [4, 2, 1]
+    assert {view.agent_id: view.activity for view in board.agents.values()} == {
+        "a": "idle",
+        "b": "idle",
+        "c": "invited",
+        "d": "lost",
+    }
+    watch.note(ev.AgentSpoke("b", "accepted"))
+    assert board.agents["b"].activity == "fetching"
+    watch.note(ev.AgentSpoke("b", "training", 0.5))
+    assert (board.agents["b"].activity, board.agents["b"].fraction) == ("training", 0.5)
+    watch.note(ev.UpdateSettled("b", "accepted"))
+    assert (board.agents["b"].activity, board.agents["b"].fraction) == ("accepted", 1.0)
+    watch.note(ev.PhaseEnded(4, "collecting", 1.5))
+    watch.note(ev.RoundEnded(4, 2, "committed", "", 2.5, 2, 20, 0.25, (1.0, 3.0)))
+    assert watched.of_run("midge_phase_duration_seconds_sum", phase="collecting") == 1.5
+    assert watched.of_run("midge_round_duration_seconds_sum") == 2.5
+    assert watched.of_run("midge_round_examples") == 20
+    assert [watched.of_run("midge_update_norm", stat=stat) for stat in ("min", "median", "max")] == [1.0, 2.0, 3.0]
+    assert board.agents["b"].activity == "idle"
+
+
+def test_an_abandoned_round_is_an_event_that_a_person_reads(watched, caplog):
+    watched.watch.note(ev.RoundEnded(4, 2, "abandoned", "1 of 2 updates after 600 s", 600.0, 1, 0, 0.0, (1.0,)))
+    assert watched.board.events == ["round 4, attempt 2 abandoned: 1 of 2 updates after 600 s"]
+    assert watched.of_run("midge_rounds_total", outcome="abandoned") == 1
+    assert watched.of_run("midge_round_examples") is None
+    assert "round abandoned" in caplog.text
+
+
+def test_versions_and_their_scores_are_on_the_board_and_in_the_metrics(watched):
+    watch, board = watched.watch, watched.board
+    watch.saved(ev.SaveVersion(1, version_digest(1), version_digest(0), 2, 20, 1.5, 0.25, attempts=1))
+    watch.saved(ev.SaveEvaluation(1, "central", SCORE))
+    watch.saved(ev.SaveEvaluation(0, "federated", Evaluation(num_examples=5, loss=0.25)))
+    watch.saved(ev.SaveRun("in_round", "", 1, 1, 0.75))
+    view = board.history[1]
+    assert (view.num_updates, view.num_examples, view.delta_norm, view.duration_s) == (2, 20, 1.5, 0.25)
+    assert view.central == SCORE
+    assert board.history[0].federated is not None
+    assert (board.best_round, board.best_value) == (1, 0.75)
+    assert watched.of_run("midge_accuracy_ratio", source="central") == 0.75
+    assert watched.of_run("midge_loss", source="federated") == 0.25
+    assert watched.of_run("midge_accuracy_ratio", source="federated") is None
+    assert watched.of_run("midge_best_metric") == 0.75
+
+
+def test_the_fleet_is_counted_by_state_and_each_agent_shown(watched):
+    fleet = Fleet()
+    watched.hear(fleet, "a")
+    watched.hear(fleet, "b")
+    watched.hear(fleet, "b", online=False)
+    counts = {state: watched.value("midge_agents", state=state) for state in ("online", "silent", "offline")}
+    assert counts == {"online": 1, "silent": 0, "offline": 1}
+    views = watched.board.agents
+    assert (views["a"].presence, views["a"].activity) == ("online", "idle")
+    assert (views["b"].presence, views["b"].activity) == ("offline", "offline")
+    watched.hear(fleet, "b", incarnation="2")
+    assert (views["b"].presence, views["b"].activity) == ("online", "idle")
+
+
+def test_without_the_broker_nobody_is_known_to_be_here(watched):
+    fleet = Fleet()
+    watched.hear(fleet, "a")
+    watched.watch.broker(Connected("5"))
+    assert (watched.board.is_connected, watched.value("midge_broker_connected")) == (True, 1)
+    fleet.lose_all()
+    watched.watch.broker(Disconnected("connection refused"))
+    assert (watched.board.is_connected, watched.board.broker_problem) == (False, "connection refused")
+    assert watched.value("midge_broker_connected") == 0
+    assert watched.board.agents["a"].presence == "silent"
+    assert [watched.value("midge_agents", state=state) for state in ("online", "silent")] == [0, 1]
+    watched.watch.broker(Connected("5"))
+    assert watched.board.broker_problem == ""
+
+
+def test_a_connection_that_trying_again_cannot_mend_is_an_error_in_the_log(watched, caplog):
+    watched.watch.broker(Disconnected("not authorised", fatal=True))
+    watched.watch.broker(Disconnected("connection refused"))
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        ("preparing", "waiting"),
+        ("waiting", "waiting"),
+        ("publishing", "running"),
+        ("in_round", "running"),
+        ("finishing", "running"),
+        ("done", "done"),
+        ("failed", "failed"),
+        ("stopped", "stopped"),
+    ],
+)
+def test_each_state_of_a_run_is_one_of_those_that_prometheus_knows(watched, state, shown):
+    watched.watch.note(ev.RunChanged(state, ""))
+    states = ("waiting", "running", "done", "failed", "stopped")
+    assert {each: watched.of_run("midge_run_state", state=each) for each in states} == {
+        each: float(each == shown) for each in states
+    }
+
+
+def test_once_a_turn_it_looks_at_what_is_missing(watched):
+    watched.watch.look("waiting for agents: 1 of 3 are there", 2, 4096)
+    assert watched.board.status == "waiting for agents: 1 of 3 are there"
+    assert watched.of_run("midge_agents_missing") == 2
+    assert watched.value("midge_inbox_queue_bytes") == 4096
+
+
+def test_an_earlier_runs_series_go_when_another_begins(watched):
+    watched.watch.note(ev.UpdateReceived("a"))
+    watched.watch.begin_run("r2", target=1, quorum=1)
+    assert watched.of_run("midge_updates_received_total") is None
+    assert watched.value("midge_updates_received_total", run="r2") == 0
+
+
+def test_without_a_run_nothing_of_a_run_is_shown():
+    registry = CollectorRegistry()
+    watch = Watch(Metrics("lab", registry), Shared(Board(federation="lab", broker="b")))
+    watch.look("no run", 0, 0)
+    watch.evaluated_in(1.0)
+    assert "run=" not in str([sample.labels for family in registry.collect() for sample in family.samples])
+
+
+def test_however_long_it_watches_the_board_stays_bounded(watched):
+    watch = watched.watch
+    for round_num in range(HISTORY + 200):
+        watch.saved(ev.SaveVersion(round_num, version_digest(0), None))
+        watch.note(ev.RoundEnded(round_num, 1, "abandoned", "x", 1.0, 0, 0, 0.0, ()))
+        for outcome in ("late", "duplicate"):
+            watch.note(ev.UpdateSettled(f"stranger-{round_num}", outcome))
+        watch.note(ev.UpdateReceived(f"stranger-{round_num}"))
+    board = watched.board
+    assert (len(board.history), len(board.events), len(board.agents)) == (HISTORY, 50, 0)
+
+
+def test_every_change_of_an_agent_is_one_line_in_the_log(watched, caplog):
+    fleet = Fleet()
+    with caplog.at_level(logging.INFO, "coordinator"):
+        watched.hear(fleet, "a")
+        watched.hear(fleet, "a")
+        watched.hear(fleet, "a", incarnation="2")
+        watched.hear(fleet, "a", incarnation="2", online=False)
+    messages = [record.message.split("  ")[0] for record in caplog.records]
+    assert [message for message in messages if message.startswith("agent")] == [
+        f"agent {change}" for change in (Change.CAME, Change.RESTARTED, Change.LEFT)
+    ]
