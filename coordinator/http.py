@@ -116,9 +116,10 @@ class HttpServer:
         try:
             self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
-            raise HttpError(
-                f"http://{host}:{port}: {os.strerror(error.errno or 0)}; choose another with --set http_port=0"
-            ) from None
+            # Of the address it says more than needed; of a name that is not known, its number says nothing to `os.strerror`.
+            reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            what = "http_host" if isinstance(error, socket.gaierror) else "http_port=0"
+            raise HttpError(f"http://{host}:{port}: {reason}; choose another with --set {what}") from None
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._file = state_dir / SERVICE_FILE

@@ -199,9 +199,10 @@ def _first(
 
 
 def _listen(queue: EventQueue[TransportEvent], timeout_s: float) -> Iterator[TransportEvent]:
+    """What comes in this time, and all that has come when it is over: on a slow device one may be late to look."""
     end = time.monotonic() + timeout_s
-    while (left_s := end - time.monotonic()) > 0:
-        yield from queue.take(left_s, max_events=1)
+    while events := queue.take(max(0.0, end - time.monotonic()), max_events=1):
+        yield from events
 
 
 def _last_line(text: str) -> str:

@@ -169,13 +169,24 @@ def test_a_server_that_is_stopped_at_once_leaves_nothing_behind_either(talk, tmp
 def test_a_port_that_is_taken_is_an_error_with_what_to_do(talk, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(HttpError, match=f"http://127.0.0.1:{port}: Address already in use.*; choose another with"):
+        with pytest.raises(HttpError, match=f"http://127.0.0.1:{port}: Address already in use; choose another with"):
             HttpServer(talk.app, "127.0.0.1", port, tmp_path)
 
 
 def test_an_address_that_is_not_this_machines_is_an_error(talk, tmp_path):
     with pytest.raises(HttpError, match=r"http://192.0.2.1:0: .*; choose another with"):
         HttpServer(talk.app, "192.0.2.1", 0, tmp_path)  # an address that documentation alone may use
+
+
+def test_a_name_that_nobody_knows_is_an_error_that_says_so(talk, tmp_path, monkeypatch):
+    def look_up(*_, **__) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_server", look_up)
+    with pytest.raises(
+        HttpError, match="http://nowhere:0: Name or service not known; choose another with --set http_host"
+    ):
+        HttpServer(talk.app, "nowhere", 0, tmp_path)
 
 
 def test_an_address_of_version_6_stands_in_brackets(talk, tmp_path):
