@@ -35,6 +35,8 @@ from midge.wire.messages import (
 )
 
 _MAX_DIGEST_RETRIES = 2
+_MAX_REPLACEMENTS = 8
+"""An agent that keeps changing its update would else fill the spool, which forgets frames but keeps their bytes."""
 _SHOWN_DETAIL = 120
 """Characters of what an agent says of its refusal that go into the reason of an abandoned round."""
 
@@ -124,6 +126,7 @@ class Attempt:
         self._is_selecting = round_machine.state is RoundState.SELECTING
         self._run_tag = run_tag(config.run_id)
         self._rejections: dict[str, Rejection] = {}
+        self._replacements: Counter[str] = Counter()
 
     def step(self, event: rounds.Event, now: float) -> list[Output]:
         """Hand an event to the machine of the round."""
@@ -186,6 +189,9 @@ class Attempt:
         rejection = self._gates.check_header(header, self.model_digest)
         if rejection is not None:
             return self._reject(agent_id, header, rejection, now)
+        if self._replacements[agent_id] >= _MAX_REPLACEMENTS and self._known_digest(agent_id) != header.update_digest:
+            changed = f"offered {_MAX_REPLACEMENTS + 2} different updates in one attempt: training must repeat its bits"
+            return self._reject(agent_id, header, Rejection("digest", changed), now)
         outputs = self._begin_transfer(event, now)
         outputs += self.step(rounds.AgentAccepted(agent_id), now)
         return outputs + self._judge(agent_id, now)
@@ -231,7 +237,12 @@ class Attempt:
             return []
         if known.update_digest == event.header.update_digest:
             return [self._settle(event.agent_id, "duplicate")]
+        self._replacements[event.agent_id] += 1
         return self._replace(event.agent_id, known)
+
+    def _known_digest(self, agent_id: str) -> str:
+        transfer = self.uplink.transfers.get(agent_id)
+        return transfer.header.update_digest if transfer is not None and transfer.header is not None else ""
 
     def _judge(self, agent_id: str, now: float) -> list[Output]:
         """Decide about an update once it is complete."""

@@ -73,6 +73,9 @@ def run(config: Path | None, assignments: tuple[str, ...], as_json: bool, **opti
 def serve(config: Path | None, assignments: tuple[str, ...], run_config: Path | None, **options: Any) -> None:
     """Stay up and serve metrics, health and the API; with --run, start that run.
 
+    CONFIG is a TOML or JSON file of settings, as --run takes one that also defines a run. An unfinished run goes on; a run
+    that is done is shown, and not begun again.
+
     \b
     Examples:
       coordinator serve --broker mqtt://mosquitto:1883 --run experiment.toml --set http_host=0.0.0.0

@@ -101,7 +101,8 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         str, Meta(min_length=1, max_length=1000, description="Directory of the database, models and received updates.")
     ] = "midge-state"
     keep_models: Annotated[
-        int, Meta(ge=1, le=1_000_000, description="Latest versions that are kept, besides the best one.")
+        int,
+        Meta(ge=1, le=1_000_000, description="Latest versions that are kept, besides the best one; at least 3 are."),
     ] = 10
     aggregation_threads: Annotated[
         int, Meta(ge=1, le=256, description="Threads that aggregate; their number does not change the result.")

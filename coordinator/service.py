@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +46,9 @@ from midge.wire.topics import Topics
 
 _log = logging.getLogger("coordinator")
 _LONGEST_WAIT_S = 1.0
+_DISK_EVERY_S = 10.0
+_LEAST_FREE_BYTES = 64 << 20
+"""With less room than this in the state directory, the coordinator is not ready."""
 
 
 class Asked:
@@ -95,6 +99,7 @@ class Service:
         self._to_clear: list[tuple[str, int]] = []
         self._stop_asked = False
         self._idle_status = "no run"
+        self._look_at_disk_at = -math.inf
         topics = Topics(settings.federation)
         self._run_spool = RunSpool(self._spool)
         epoch = self.store.raise_epoch()
@@ -302,6 +307,12 @@ class Service:
         self._driver.step(ev.ModelPrepared(made.digest, layout, framing), now)
 
     def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now >= self._look_at_disk_at:
+            self._look_at_disk_at = now + _DISK_EVERY_S
+            free_bytes = shutil.disk_usage(self._state_dir).free
+            short = free_bytes < _LEAST_FREE_BYTES
+            self.heart.problem = f"{self._state_dir}: {free_bytes >> 20} MB are free; make room" if short else ""
         run = self._driver.run
         if run is None:
             return

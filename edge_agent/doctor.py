@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.config import Settings
-from edge_agent.journal import Journal, JournalError
+from edge_agent.journal import Journal, JournalError, JournalInUseError
 from midge import PROTOCOL, __version__
 from midge.eventqueue import EventQueue
 from midge.transport.address import Address
@@ -72,6 +72,8 @@ def _examine_state_dir(settings: Settings) -> Finding:
     path = Path(settings.state_dir) / settings.federation / settings.agent_id
     try:
         Journal(path).close()
+    except JournalInUseError:
+        return Finding("state directory", is_well=True, text=f"{path} is in use by a running agent")
     except JournalError as error:
         return Finding("state directory", is_well=False, text=str(error))
     return Finding("state directory", is_well=True, text=f"{path} can be written")

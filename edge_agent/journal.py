@@ -46,6 +46,10 @@ class JournalError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
 
 
+class JournalInUseError(JournalError):
+    """A running agent has the state directory."""
+
+
 class JournalLike(Protocol):
     """What the driver needs of a journal; tests bring one in memory."""
 
@@ -93,7 +97,9 @@ class Journal:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock_fd)
-            raise JournalError(f"{path}: another agent is running in it; give each agent its own --state-dir") from None
+            raise JournalInUseError(
+                f"{path}: another agent is running in it; give each agent its own --state-dir"
+            ) from None
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}; choose a writable --state-dir") from None
 

@@ -326,6 +326,19 @@ def test_frames_that_add_up_the_second_time_count():
     assert sent(talk.frames("a"), Receipt)["a"].accepted
 
 
+def test_an_agent_that_keeps_changing_its_update_is_rejected_before_it_fills_the_spool():
+    talk = collecting()
+    for time in range(9):  # the first, and eight in its place
+        assert sent(talk.offer("a", salt=str(time)), Receipt) == {}
+    receipt = sent(talk.offer("a", salt="9"), Receipt)["a"]
+    assert (receipt.reason, receipt.detail.partition(":")[0]) == (
+        "digest",
+        "offered 10 different updates in one attempt",
+    )
+    assert (tally(talk, "late", "replaced"), tally(talk, "rejected", "digest")) == (9, 1)
+    assert states(talk)["a"] is MemberState.REJECTED
+
+
 def test_a_rejected_agent_is_replaced():
     talk = collecting("a", "b", target=2, over_select=1.0)
     talk.come("c")
