@@ -33,10 +33,10 @@ from coordinator.attempt import Attempt, Output, Tallies, turn_away
 from coordinator.cohort import Change, Fleet
 from coordinator.round import MemberState, Round, RoundState
 from coordinator.run_config import Resumed, RunConfig, Version
+from coordinator.scoring import Scoring
 from coordinator.uplink import Verdict
 from midge.wire.frames import Frame, Framing
 from midge.wire.layout import Layout
-from midge.wire.messages import Evaluation
 
 __all__ = ["FINAL", "Resumed", "Run", "RunState", "Version"]
 
@@ -98,7 +98,7 @@ class Run:
         self.attempt: Attempt | None = None
         self.accepted: dict[str, ev.AcceptedUpdate] = {}
         self.tallies = Tallies()
-        self.best: tuple[int, float] | None = None
+        self.scoring = Scoring(config)
         self.framing: Framing | None = None
         self._gates: Gates | None = None
         self._connected = connected
@@ -106,8 +106,6 @@ class Run:
         self._publishing_since: float | None = None
         self._num_attempts = 0
         self._failures: Counter[str] = Counter()
-        self._evaluating: dict[int, str] = {}
-        self._has_test_data = config.evaluate
         self._pause_until = math.inf
         self._starts_by = now + config.start_deadline_s
         self._started = False
@@ -127,7 +125,7 @@ class Run:
         commands: list[ev.Command] = []
         if self.version is None:
             commands.append(ev.PrepareModel(self.config.seed))
-        commands += [ev.EvaluateModel(round_num, digest) for round_num, digest in self._evaluating.items()]
+        commands += self.scoring.repeat()
         if self.attempt is not None:
             commands += self._take(self.attempt.resume(self.now))
             commands += self._to_round(rounds.FleetChanged(self._available()))
@@ -180,7 +178,7 @@ class Run:
                 there = f"{self.num_available} of {self.config.round.minimum} are there"
                 return f"waiting for agents: {there} (at most {max(0.0, self._starts_by - self.now):.0f} s)"
             case RunState.WAITING:
-                return f"waiting for the evaluation of round {min(self._evaluating, default=0)}"
+                return f"waiting for the evaluation of round {min(self.scoring.owed, default=0)}"
             case RunState.IN_ROUND if self.attempt is not None:
                 return f"round {self.current_round} of {self.config.rounds}: {self.attempt.round.status()}"
             case RunState.FINISHING:
@@ -191,6 +189,11 @@ class Run:
                 return f"{self.state}: {self.reason}"
             case _:
                 return f"publishing the model of round {self.current_round - 1}"
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Round and value of the best version so far."""
+        return self.scoring.best
 
     @property
     def num_available(self) -> int:
@@ -211,7 +214,7 @@ class Run:
             pending = sum(1 for transfer in self.attempt.uplink.transfers.values() if transfer.header is not None)
         received, settled = self.tallies.num_received, self.tallies.num_settled
         assert received == settled + pending, f"I9: received {received}, settled {settled}, pending {pending}"
-        assert len(self._evaluating) <= 3, "evaluations pile up"  # two that an earlier process left, and one
+        assert len(self.scoring.owed) <= 3, "evaluations pile up"  # two that an earlier process left, and one
 
     # What events do.
 
@@ -250,7 +253,7 @@ class Run:
             case ev.AggregationBroke(reason):
                 return self._to_round(rounds.AggregationFailed(reason))
             case ev.ModelEvaluated():
-                return self._on_evaluated(event)
+                return self.scoring.take(event)
             case ev.CloseAsked():
                 return self._to_round(rounds.CloseRequested())
             case ev.StopAsked():
@@ -261,7 +264,7 @@ class Run:
         self._take_layout(event.layout, event.framing)
         self.version = Version(0, event.digest)
         self._starts_by = self.now + self.config.start_deadline_s
-        return [ev.SaveVersion(0, event.digest, None), *self._evaluate(self.version)]
+        return [ev.SaveVersion(0, event.digest, None), *self.scoring.begin(self.version)]
 
     def _on_published(self, round_num: int) -> list[ev.Command]:
         if self.version is None or round_num != self.version.round_num or self._publishing_since is None:
@@ -294,15 +297,6 @@ class Run:
         self.tallies.add("late", "stale")
         late = ev.UpdateSettled(event.agent_id, "late", "stale")
         return [received, late, *turn_away(event.agent_id, event.header, self.epoch)]
-
-    def _on_evaluated(self, event: ev.ModelEvaluated) -> list[ev.Command]:
-        self._evaluating.pop(event.round_num, None)
-        if event.score is None:
-            # No reason means that the task has no test data: then the agents' own evaluation decides what is best.
-            self._has_test_data = self._has_test_data and bool(event.reason)
-            return []
-        self._improve(event.round_num, event.score)
-        return [ev.SaveEvaluation(event.round_num, "central", event.score)]
 
     # The current attempt.
 
@@ -363,14 +357,14 @@ class Run:
             duration_s,
             machine.attempt,
         )
-        commands: list[ev.Command] = [saved, *self._federated_evaluation(parent, counted)]
+        commands: list[ev.Command] = [saved, *self.scoring.take_federated(parent, counted)]
         commands += self._close_round("committed", "", num_examples)
         self.version = Version(machine.round_num, digest)
         self.accepted = {}
         self._failures.clear()
         self._num_attempts = 0
         self._forget_publication()
-        return commands + self._evaluate(self.version)
+        return commands + self.scoring.begin(self.version)
 
     def _abandon(self, reason: str) -> list[ev.Command]:
         assert self.attempt is not None
@@ -403,38 +397,6 @@ class Run:
         )
         self.attempt = None
         return [*commands, ended]
-
-    # Evaluation.
-
-    def _evaluate(self, version: Version) -> list[ev.Command]:
-        if not self._has_test_data:
-            return []
-        self._evaluating[version.round_num] = version.digest
-        return [ev.EvaluateModel(version.round_num, version.digest)]
-
-    def _federated_evaluation(self, base: Version, counted: list[ev.AcceptedUpdate]) -> list[ev.Command]:
-        """What the agents found of the version before, on their own data, weighted by their examples."""
-        scores = [update.evaluation for update in counted if update.evaluation is not None]
-        if not scores:
-            return []
-        total = sum(score.num_examples for score in scores)
-        names = set.intersection(*(set(score.metrics) for score in scores))
-        score = Evaluation(
-            num_examples=total,
-            loss=sum(score.loss * (score.num_examples / total) for score in scores),
-            metrics={name: sum(s.metrics[name] * (s.num_examples / total) for s in scores) for name in sorted(names)},
-        )
-        if not self._has_test_data:
-            self._improve(base.round_num, score)
-        return [ev.SaveEvaluation(base.round_num, "federated", score)]
-
-    def _improve(self, round_num: int, score: Evaluation) -> None:
-        value = score.loss if self.config.best_metric == "loss" else score.metrics.get(self.config.best_metric)
-        if value is None or not math.isfinite(value):
-            return
-        sign = 1 if self.config.best_is_max else -1
-        if self.best is None or sign * value > sign * self.best[1]:
-            self.best = (round_num, value)
 
     # From one step to the next.
 
@@ -499,10 +461,10 @@ class Run:
         if self._connected and not self._published:
             return RunState.PUBLISHING, []
         if is_last:  # also where the broker is gone: the model is stored
-            return (RunState.FINISHING if self._evaluating else RunState.DONE), []
+            return (RunState.FINISHING if self.scoring.owed else RunState.DONE), []
         if not self._connected:
             return RunState.WAITING, []
-        if len(self._evaluating) > 1 or self._pause_until < math.inf:
+        if len(self.scoring.owed) > 1 or self._pause_until < math.inf:
             return RunState.WAITING, []
         if not self._started and self.num_available < self.config.round.minimum:
             return RunState.WAITING, []
@@ -545,11 +507,9 @@ class Run:
     def _restore(self, resumed: Resumed) -> None:
         self._take_layout(resumed.layout, resumed.framing)
         self.version = resumed.version
-        self.best = resumed.best
+        self.scoring.restore(resumed.best, resumed.unevaluated)
         self.tallies = Tallies(resumed.tallies)
         self.accepted = {update.agent_id: update for update in resumed.accepted}
-        if self.config.evaluate:
-            self._evaluating = {version.round_num: version.digest for version in resumed.unevaluated}
         self._num_attempts = resumed.attempt
         self._started = resumed.attempt > 0 or resumed.version.round_num > 0
         if resumed.round_state in (RoundState.SELECTING, RoundState.COLLECTING, RoundState.AGGREGATING):

@@ -31,7 +31,7 @@ RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "m
 """What can run code that came as data."""
 
 PURE = [
-    *(f"coordinator/{name}.py" for name in ("round", "attempt", "run", "uplink", "cohort", "admission")),
+    *(f"coordinator/{name}.py" for name in ("round", "attempt", "run", "scoring", "uplink", "cohort", "admission")),
     *(f"edge_agent/{name}.py" for name in ("agent", "pull", "push")),
 ]
 IMPURE = {"os", "time", "socket", "threading", "pathlib", "logging", "numpy", "datetime", "secrets", "asyncio", "io"}
