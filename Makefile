@@ -12,7 +12,7 @@ demo: $(STAMP)
 	@$(BIN)/coordinator demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
