@@ -163,10 +163,9 @@ def run_fingerprint(settings: Settings) -> str:
     return hashlib.sha256(b"midge-run-1\n" + canonical).hexdigest()
 
 
-def training_differences(a: Settings, b: Settings) -> list[str]:
-    """The keys in which the runs that two settings define differ; empty where the fingerprints are equal."""
-    ours, theirs = run_definition(a), run_definition(b)
-    return [key for key in ours if ours[key] != theirs[key]]
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The keys in which two run definitions differ; empty where the fingerprints are equal."""
+    return [key for key in ours if ours[key] != theirs.get(key)]
 
 
 _DEFINING = (

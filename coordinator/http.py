@@ -1,7 +1,7 @@
 """What the coordinator serves over HTTP: metrics for Prometheus, health for supervisors, and its state as JSON.
 
 /metrics        Prometheus' text format
-/healthz        200 while the loop turns; 503 where it has not for a while
+/healthz        200 while the loop and the network thread turn; 503 where one has not for a while
 /readyz         200 while the broker can be reached and the state directory written; else 503 and why
 /api/v1/status  the board: run, round, agents, history
 /api/v1/runs, /api/v1/runs/{run_id}/versions, /api/v1/agents
@@ -46,6 +46,7 @@ class Heart:
     def __init__(self) -> None:
         self.beat_at = time.monotonic()
         self.problem = ""
+        self.network_is_stuck = False
 
     def beat(self) -> None:
         """The loop turned."""
@@ -63,6 +64,8 @@ def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: H
         stalled_s = time.monotonic() - heart.beat_at
         if stalled_s > _STALLED_S:
             return JSONResponse({"status": "stalled", "for_s": round(stalled_s)}, 503)
+        if heart.network_is_stuck:
+            return JSONResponse({"status": "the network thread is dead or stuck"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def readyz(request: Request) -> Response:  # noqa: ARG001

@@ -22,6 +22,7 @@ def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
     if row is None or not versions:
         return None
     last = versions[-1]
+    models.verify(last["digest"])
     with models.open(last["digest"]) as model:
         layout = model.layout
     framing = plan_framing(layout.num_elements)

@@ -1,17 +1,20 @@
 """The coordinator process: connects driver, MQTT, disk, computations and HTTP, and runs them until the run is over.
 
-One loop takes what waits in the queue, a turn at a time, hands it to the driver, and ends the turn with `flush`: nothing polls.
+One loop takes what waits in the queue, a turn at a time, hands it to the driver, and ends the turn with `flush`.
+With nothing to do it turns once a second, so that `/healthz` can tell that it lives.
 """
 
 from __future__ import annotations
 
 import fcntl
 import functools
+import json
 import logging
 import math
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 from coordinator import run_events as ev
 from coordinator.board import Board, Shared
 from coordinator.compute import Compute, Computed
-from coordinator.config import Settings, run_definition, run_fingerprint
+from coordinator.config import Settings, differences, run_definition, run_fingerprint
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.http import Heart, HttpServer, make_app
@@ -162,6 +165,7 @@ class Service:
         if state in ("done", "failed"):
             run_id = None
         goes_on = run_id is not None
+        self._look_at_other_runs(run_id)
         if run_id is None:
             run_id = self.store.create_run(
                 federation=settings.federation,
@@ -255,6 +259,7 @@ class Service:
         self._driver.flush(now)
         self._keep_house()
         self.heart.beat()
+        self.heart.network_is_stuck = not self._transport.healthy
         run = self._driver.run
         missing = max(0, run.config.round.minimum - run.num_available) if run else 0
         self._watch.look(run.status() if run else self._idle_status, missing, self.queue.size_bytes)
@@ -353,6 +358,18 @@ class Service:
                 ):
                     setattr(view, name, version[name])
         log_event(_log, logging.INFO, f"run {word}", run=config.run_id, task=config.task, rounds=config.rounds)
+
+    def _look_at_other_runs(self, run_id: str | None) -> None:
+        """Frames of runs that are over are not needed any more; an unfinished run of another definition is worth a word."""
+        definition = run_definition(self.settings)
+        for row in self.store.runs():
+            if row["state"] in ("done", "failed"):
+                self._spool.prune(row["run_id"], sys.maxsize)
+            elif row["run_id"] != run_id and row["federation"] == self.settings.federation:
+                differs = ", ".join(differences(definition, json.loads(row["definition"])))
+                log_event(
+                    _log, logging.WARNING, "another run is left unfinished", run=row["run_id"], differs_in=differs
+                )
 
     def _show_done(self, run_id: str) -> None:
         config = _run_config(run_id, self.settings)

@@ -340,26 +340,22 @@ class Spool:
                 self._open[key] = RoundSpool(run_dir / f"{round_num:d}.spool")
             return self._open[key]
 
-    def prune(self, run_id: str, keep_from_round: int, *, other_runs: bool = False) -> int:
-        """Delete the run's segments of rounds before `keep_from_round`, and if asked those of all other runs.
+    def prune(self, run_id: str, keep_from_round: int) -> int:
+        """Delete the run's segments of rounds before `keep_from_round`.
 
         Returns:
             How many segments were deleted.
         """
         num_deleted = 0
-        for path in sorted(self.path.glob("*/*.spool")):
-            if not path.stem.isdecimal():
+        run_dir = self.path / check_identifier("run", run_id)
+        for path in sorted(run_dir.glob("*.spool")):
+            if not path.stem.isdecimal() or int(path.stem) >= keep_from_round:
                 continue
-            key = (path.parent.name, int(path.stem))
-            if key[1] < keep_from_round if key[0] == run_id else other_runs:
-                segment = self._open.pop(key, None)
-                if segment is not None:
-                    segment.close()
-                path.unlink(missing_ok=True)
-                num_deleted += 1
-                if key[0] != run_id:
-                    with contextlib.suppress(OSError):  # not empty yet
-                        path.parent.rmdir()
+            segment = self._open.pop((run_id, int(path.stem)), None)
+            if segment is not None:
+                segment.close()
+            path.unlink(missing_ok=True)
+            num_deleted += 1
         return num_deleted
 
     def close(self) -> None:

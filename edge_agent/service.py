@@ -110,6 +110,9 @@ class Service:
             signal.signal(number, self._on_signal)
         settings = self.settings
         log_event(_log, logging.INFO, "agent started", agent=settings.agent_id, task=settings.task, version=__version__)
+        unfinished = self._journal.invitation()
+        if unfinished is not None:  # the coordinator, if it still wants that, invites again once it sees us
+            log_event(_log, logging.INFO, "was last invited", run=unfinished.run_id, round=unfinished.round_num)
         self._transport.start()
         try:
             while self._turn():

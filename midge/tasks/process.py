@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 _LENGTH = struct.Struct("<I")
 _MAX_BYTES = 256 * 1024 * 1024
@@ -31,16 +31,6 @@ _MAX_LINE_BYTES = 4096
 _DRAIN_S = 2.0
 
 _log = logging.getLogger("midge.tasks.process")
-
-
-class ChildLike(Protocol):
-    """What a driver needs of a child; tests bring their own."""
-
-    def send(self, request: bytes) -> None:
-        """Send a request."""
-
-    def stop(self) -> None:
-        """End it."""
 
 
 class Child:

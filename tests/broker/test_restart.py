@@ -134,7 +134,9 @@ def test_a_stopped_run_goes_on_only_with_its_own_configuration_and_a_finished_on
 
     # Another learning rate is another run: the agent drops what it holds, the first run stays as it is.
     other = {**BATCHES, "learning_rate": 0.02}
-    assert federation.start_coordinator(rounds=2, min_agents=1, **other).wait() == 0
+    coordinator = federation.start_coordinator(rounds=2, min_agents=1, **other)
+    assert coordinator.wait() == 0
+    assert f'run={first["run_id"]} differs_in="rounds, learning_rate"' in coordinator.log()
     second, left = federation.runs()
     assert left == {**first, "is_published": False}
     assert (second["state"], second["round_num"]) == ("done", 2)

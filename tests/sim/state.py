@@ -189,6 +189,10 @@ class MemoryModels:
         """See `coordinator.models.ModelStore`."""
         return self._models[digest]
 
+    def verify(self, digest: str) -> None:
+        """See `coordinator.models.ModelStore`: memory does not decay."""
+        assert digest in self._models
+
     def delete(self, digest: str) -> None:
         """See `coordinator.models.ModelStore`."""
         self._models.pop(digest, None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.config import Settings, load_settings, run_definition, run_fingerprint, training_differences
+from coordinator.config import Settings, differences, load_settings, run_definition, run_fingerprint
 from midge.settings import SettingsError, describe, markdown
 from midge.wire.messages import Invitation, TrainingConfig, decode_to_agent, encode
 
@@ -152,9 +152,9 @@ def test_every_field_either_defines_a_run_or_does_not_and_this_file_says_which()
 @pytest.mark.parametrize("key", DEFINING)
 def test_another_value_of_a_defining_field_is_another_run(key):
     other = Settings(**{key: DEFINING[key]})
-    differences = training_differences(Settings(), other)
+    found = differences(run_definition(Settings()), run_definition(other))
     # The quorum stands for as many updates as min_agents where it is not given, so it differs with it.
-    assert differences == (["quorum", "min_agents"] if key == "min_agents" else [key])
+    assert found == (["quorum", "min_agents"] if key == "min_agents" else [key])
     assert run_fingerprint(Settings()) != run_fingerprint(other)
 
 
@@ -162,7 +162,7 @@ def test_another_value_of_a_defining_field_is_another_run(key):
 def test_another_value_of_any_other_field_is_the_same_run(key):
     other = Settings(**{key: WORKING[key]})
     assert getattr(other, key) != getattr(Settings(), key)
-    assert training_differences(Settings(), other) == []
+    assert differences(run_definition(Settings()), run_definition(other)) == []
     assert run_fingerprint(Settings()) == run_fingerprint(other)
 
 
@@ -174,7 +174,7 @@ def test_two_ways_to_say_one_run_have_one_fingerprint():
     ]
     for one, other in same:
         assert run_fingerprint(one) == run_fingerprint(other)
-        assert training_differences(one, other) == []
+        assert differences(run_definition(one), run_definition(other)) == []
 
 
 def test_a_fingerprint_stays_what_it_was_since_stored_runs_carry_it():

@@ -81,6 +81,11 @@ def test_health_is_well_while_the_loop_turns_and_says_for_how_long_it_has_not(ta
     assert talk.get("/healthz") == (200, {"status": "ok"})
 
 
+def test_health_is_not_well_where_the_network_thread_is_dead(talk):
+    talk.heart.network_is_stuck = True
+    assert talk.get("/healthz") == (503, {"status": "the network thread is dead or stuck"})
+
+
 def test_readiness_needs_the_broker_and_says_what_stands_in_the_way(talk):
     assert talk.get("/readyz") == (200, {"status": "ready"})
     talk.shared.board.is_connected = False

@@ -123,7 +123,7 @@ def test_a_best_value_of_zero_is_a_best_value(disk):
     assert disk.resumed().best == (0, 0.0)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "one bit"])
 def test_a_last_model_that_is_missing_or_damaged_is_an_error_that_names_it(disk, damage):
     disk.version(0)
     made = disk.version(1)
@@ -131,7 +131,8 @@ def test_a_last_model_that_is_missing_or_damaged_is_an_error_that_names_it(disk,
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:-1])
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelError, match=made):
         disk.resumed()
 

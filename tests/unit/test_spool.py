@@ -400,20 +400,15 @@ def test_a_run_that_is_no_identifier_is_refused(tmp_path):
         Spool(tmp_path).round("../etc", 1)
 
 
-def test_pruning_deletes_older_rounds_of_the_run_and_other_runs_only_if_asked(tmp_path):
+def test_pruning_deletes_older_rounds_of_the_run_and_nothing_else(tmp_path):
     spool = Spool(tmp_path)
     for run_id, round_num in (("run-a", 9), ("run-a", 10), ("run-a", 11), ("run-b", 1)):
         put(spool.round(run_id, round_num), "pi-1", 0, [round_num])
-    (tmp_path / "run-b" / "notes.spool").write_text("not ours")
+    (tmp_path / "run-a" / "notes.spool").write_text("not ours")
     assert spool.prune("run-a", 10) == 1
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.spool"))
-    assert left == ["run-a/10.spool", "run-a/11.spool", "run-b/1.spool", "run-b/notes.spool"]
-    assert spool.prune("run-a", 10, other_runs=True) == 1
-    assert [path.name for path in (tmp_path / "run-b").iterdir()] == ["notes.spool"]
-    (tmp_path / "run-b" / "notes.spool").unlink()
-    put(spool.round("run-b", 2), "pi-1", 0, [2])
-    assert spool.prune("run-a", 10, other_runs=True) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-a"]
+    assert left == ["run-a/10.spool", "run-a/11.spool", "run-a/notes.spool", "run-b/1.spool"]
+    assert spool.prune("run-c", 10) == 0
     assert read(spool.round("run-a", 11), "pi-1", 0) == [11]
     spool.close()
 
