@@ -295,3 +295,13 @@ def test_the_changelog_says_what_is_not_released_yet():
     assert kinds
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert re.search(r"^- \S", first, re.MULTILINE)
+
+
+def test_every_test_that_the_page_on_correctness_names_is_there():
+    page = ROOT / "docs" / "correctness.md"
+    cells = re.findall(r"\[test_\w+\]\(([^)]+)\) ((?:`test_\w+`(?:, )?)+)", TEXTS[page])
+    assert len(cells) >= 9
+    for link, names in cells:
+        source = (page.parent / link).read_text(encoding="utf-8")
+        for name in re.findall(r"test_\w+", names):
+            assert f"def {name}(" in source, f"{name} is not in {link}"
