@@ -4,12 +4,15 @@
 
 Speed: bytes of updates folded in a second, from the spool (in the page cache) to the next model's file, against `np.copyto`
 of as many bytes from memory to memory in the same run, whose share is the ratio. "stored" adds the digest and the sync.
+It is measured both ways, NumPy's and, where numba is installed, the compiled one (coordinator/kernel.py).
 Memory: what aggregation adds to the peak resident set of a fresh process, for cohorts of several sizes: it must not grow.
+What loading numba adds comes once in a process, and is shown apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import statistics
 import subprocess
@@ -23,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregate import CountedUpdate, Fold, aggregate
+from coordinator.aggregate import CountedUpdate, Fold
+from coordinator.kernel import Kernel, compiled, kernel_for
 from coordinator.models import ModelStore
 from coordinator.spool import RoundSpool, Spool
 from coordinator.strategies import make_strategy
@@ -98,18 +102,22 @@ def copy(sources: Sequence[NDArray[np.float32]], target: NDArray[np.float32]) ->
         np.copyto(target, source)
 
 
-def fold(ready: Round, num_threads: int) -> None:
-    """Fold the updates into a model that is given up: all of aggregation but digest and sync."""
+def fold(ready: Round, num_threads: int, kernel: Kernel | None, *, stored: bool = False) -> None:
+    """Fold the updates into a model that is given up: all of aggregation but digest and sync, unless it is `stored`."""
     weights = [1 / len(ready.updates)] * len(ready.updates)
     frames = [ready.spool.stored(update.agent_id, update.content_tag) for update in ready.updates]
     with ready.models.open(ready.base_digest) as base, ready.models.writer(base.layout, ()) as writer:
-        Fold(base, ready.spool, frames, weights, make_strategy("fedavg"), ready.framing, writer).run(num_threads)
+        Fold(base, ready.spool, frames, weights, make_strategy("fedavg"), ready.framing, writer, kernel).run(
+            num_threads
+        )
+        if stored:
+            writer.commit()
 
 
-def store(ready: Round, num_threads: int) -> None:
-    """Aggregate in full."""
-    with ready.models.open(ready.base_digest) as base:
-        aggregate(base, ready.spool, ready.updates, make_strategy("fedavg"), ready.framing, ready.models, num_threads)
+def ways() -> dict[str, Kernel | None]:
+    """The ways to aggregate that there are on this machine."""
+    kernel = compiled()
+    return {"NumPy": None} if kernel is None else {"NumPy": None, "numba": kernel}
 
 
 def measure_speed(directory: Path, num_updates: int, num_elements: int, num_runs: int) -> None:
@@ -118,22 +126,26 @@ def measure_speed(directory: Path, num_updates: int, num_elements: int, num_runs
     ready.spool.sync()
     sources = [np.full(num_elements, agent_num, np.float32) for agent_num in range(num_updates)]
     target = np.zeros(num_elements, np.float32)
-    contenders: dict[str, Callable[[], object]] = {
-        "np.copyto": lambda: copy(sources, target),
-        "folded, 1 thread": lambda: fold(ready, 1),
-        "folded, 2 threads": lambda: fold(ready, 2),
-        "stored, 1 thread": lambda: store(ready, 1),
-        "stored, 2 threads": lambda: store(ready, 2),
-    }
+    contenders: dict[str, Callable[[], object]] = {"np.copyto": lambda: copy(sources, target)}
+    for way, kernel in ways().items():
+        for stored, word in ((False, "folded"), (True, "stored")):
+            for num_threads, threads in ((1, "1 thread"), (2, "2 threads")):
+                contenders[f"{word}, {way}, {threads}"] = functools.partial(
+                    fold, ready, num_threads, kernel, stored=stored
+                )
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(num_runs):
         for name, work in contenders.items():
             times[name].append(seconds(work))
-    print(f"{num_updates} updates of {num_elements:,} elements, {ready.size_bytes / 1e6:.0f} MB; medians of {num_runs}")
+    used = "NumPy" if kernel_for(num_updates * num_elements) is None else "numba"
+    print(
+        f"{num_updates} updates of {num_elements:,} elements, {ready.size_bytes / 1e6:.0f} MB; medians of {num_runs}; "
+        f"a coordinator takes {used} for them"
+    )
     medians = {name: statistics.median(runs) for name, runs in times.items()}
     for name, median in medians.items():
         ratio = medians["np.copyto"] / median
-        print(f"  {name:18} {median * 1000:7.1f} ms {ready.size_bytes / median / 1e9:6.2f} GB/s  ratio {ratio:.2f}")
+        print(f"  {name:24} {median * 1000:7.1f} ms {ready.size_bytes / median / 1e9:6.2f} GB/s  ratio {ratio:.2f}")
 
 
 def measure_memory(directory: Path) -> None:
@@ -141,20 +153,39 @@ def measure_memory(directory: Path) -> None:
     largest = prepare(directory, max(COHORTS), MEMORY_ELEMENTS)
     size_mb = MEMORY_ELEMENTS * ELEMENT_BYTES / 1e6
     print(f"peak memory that aggregation adds, 2 threads, updates of {size_mb:.0f} MB")
-    for num_updates in COHORTS:
-        arguments = [__file__, "--dir", str(directory), "--peak", str(num_updates), "--base", largest.base_digest]
-        process = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
-        print(f"  {num_updates:4} updates  {float(process.stdout):6.1f} MB")
+    loading = ""
+    for way in ways():
+        for num_updates in COHORTS:
+            arguments = [
+                "--dir",
+                str(directory),
+                "--peak",
+                str(num_updates),
+                "--base",
+                largest.base_digest,
+                "--way",
+                way,
+            ]
+            command = [sys.executable, __file__, *arguments]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            added_mb, loading = output.splitlines()
+            print(f"  {num_updates:4} updates, {way}  {added_mb} MB")
+    if "numba" in ways():
+        print(f"loading numba, once: {loading}")
 
 
-def peak(directory: Path, num_updates: int, base_digest: str) -> None:
-    """Print how many MB the peak resident set grows by in one aggregation."""
+def peak(directory: Path, num_updates: int, base_digest: str, way: str) -> None:
+    """Print how many MB the peak resident set grows by in one aggregation, and what was needed before it."""
     models = ModelStore(directory / "models")
     spool = Spool(directory / "spool").round(RUN, 1)
     ready = Round(models, base_digest, spool, counted(num_updates), plan_framing(MEMORY_ELEMENTS))
-    before = resident_bytes("VmRSS")
-    store(ready, 2)
-    print((resident_bytes("VmHWM") - before) / 1e6)
+    at_start, started = resident_bytes("VmRSS"), time.perf_counter()
+    kernel = compiled() if way == "numba" else None
+    loading_s, before = time.perf_counter() - started, resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
+    fold(ready, 2, kernel, stored=True)
+    print(f"{(resident_bytes('VmHWM') - before) / 1e6:6.1f}")
+    print(f"{loading_s:.1f} s, {(before - at_start) / 1e6:.0f} MB")
 
 
 def resident_bytes(field: str) -> int:
@@ -169,12 +200,13 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=None, help="where to work: 1 GB is written and removed")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--elements", type=int, default=11_200_000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        peak(options.dir, options.peak, options.base)
+        peak(options.dir, options.peak, options.base, options.way)
         return
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:
         measure_speed(Path(directory), options.updates, options.elements, options.runs)

@@ -11,11 +11,12 @@ because every element is computed by one fixed sequence of float64 operations:
 1. updates are sorted by agent id; the weights are normalised in float64 with an exactly rounded sum;
 2. `mean = ((w_0 x_0 + w_1 x_1) + w_2 x_2) + ...`. Rows are taken in groups that bound the memory; a group after the first
    starts with the sum so far, at weight 1, which changes no bit, so neither does the size of a group;
-3. no block looks at another; the sums of squares for the norm are added in the order of blocks.
+3. no block looks at another; the squares for the norm are added in lanes, and the blocks' sums in the order of blocks.
 
-`einsum` does step 2, in plain loops. BLAS would take a sixth off the whole, but the order in which it adds depends on the
-processor that it finds: on one machine, its kernels for three processors gave three results. (Whether a multiply and an add
-are fused is fixed when NumPy is compiled: another architecture may differ in a last bit of float64.)
+`einsum` does step 2, in plain loops; in large rounds a compiled loop does (kernel.py), and gives the same bits. BLAS would take
+a sixth off NumPy's time, but the order in which it adds depends on the processor that it finds: on one machine, its kernels
+for three processors gave three results. (Whether a multiply and an add are fused is fixed when NumPy is compiled: another
+architecture may differ in a last bit of float64.)
 
 Two equalities are exact by design. One agent with server learning rate 1 gives its own elements: its weight is n / n = 1.
 Agents that all return the global model leave it as it is: a mean of equal numbers is off by some ulps of float64, and
@@ -29,14 +30,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.gates import delta_sum_squares
+from coordinator.kernel import NUM_LANES, Kernel, kernel_for
 from coordinator.models import ModelFile, ModelStore, ModelWriter
 from coordinator.spool import RoundSpool, StoredFrame
 from coordinator.strategies.base import Strategy
@@ -106,7 +107,8 @@ def aggregate(
     counters = _largest_counters(ordered, base)
     frames = [_complete(spool, update, framing) for update in ordered]
     with models.writer(base.layout, counters) as writer:
-        fold = Fold(base, spool, frames, weights, strategy, framing, writer)
+        kernel = kernel_for(len(frames) * framing.num_elements)
+        fold = Fold(base, spool, frames, weights, strategy, framing, writer, kernel)
         sums = fold.run(num_threads)
         return Aggregated(writer.commit(), math.sqrt(sum(sums)), sum(update.num_examples for update in ordered))
 
@@ -122,6 +124,7 @@ class Fold:
         strategy: makes of a mean the next model.
         framing: of the run.
         writer: of the next model.
+        kernel: does the arithmetic but for the strategy's; None: NumPy does.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Fold:
         strategy: Strategy,
         framing: Framing,
         writer: ModelWriter,
+        kernel: Kernel | None = None,
     ) -> None:
         self._base = base
         self._spool = spool
@@ -140,6 +144,8 @@ class Fold:
         self._strategy = strategy
         self._framing = framing
         self._writer = writer
+        self._kernel = kernel
+        self._weights = np.array(weights, np.float64)
         self._block_elements = min(framing.num_elements, _BLOCK_ELEMENTS)
         self._groups = [
             (first, np.array([1.0, *weights[first : first + _GROUP_ROWS]]))
@@ -160,7 +166,8 @@ class Fold:
         return sums
 
     def _fold_blocks(self, starts: Iterable[int]) -> list[float]:
-        rows = np.empty((min(len(self._frames), _GROUP_ROWS) + 1, self._block_elements), np.float64)
+        num_rows = 0 if self._kernel else min(len(self._frames), _GROUP_ROWS) + 1
+        rows = np.empty((num_rows, self._block_elements), np.float64)
         mean = np.empty(self._block_elements, np.float64)
         sums = []
         resident_bytes = 0
@@ -179,9 +186,7 @@ class Fold:
         self._mean(start, rows[:, : stop - start], block)
         global_block = self._base.elements[start:stop]
         next_block = self._strategy.apply(global_block, block)
-        if len(self._frames) > 1:
-            _restore_zero_signs(next_block, global_block)
-        sum_squares = delta_sum_squares(next_block, global_block, mean)
+        sum_squares = self._settle(next_block, global_block, mean)
         if not math.isfinite(sum_squares):
             raise AggregationError(
                 f"elements {start} to {stop} of the next model are not all finite, after {self._strategy!r} "
@@ -190,10 +195,26 @@ class Fold:
         self._writer.write(start, next_block)
         return sum_squares
 
+    def _settle(
+        self, next_block: NDArray[np.float32], global_block: NDArray[np.float32], scratch: NDArray[np.float64]
+    ) -> float:
+        """Give zeros back their signs, and return the sum of `(next - global)^2`."""
+        keep_zeros = len(self._frames) > 1
+        if self._kernel is not None:
+            lanes = np.zeros(NUM_LANES)
+            self._kernel.settle(next_block, global_block, keep_zeros, lanes)
+            return float(np.add.reduce(lanes))
+        if keep_zeros:
+            _restore_zero_signs(next_block, global_block)
+        return float(np.add.reduce(_sums_of_squares(next_block, global_block, scratch)))
+
     def _mean(self, start: int, rows: NDArray[np.float64], out: NDArray[np.float64]) -> None:
         """The weighted mean of elements `start` to `start + len(out)` of the updates, into `out`."""
         if len(self._frames) == 1:
             self._load(self._frames, start, out[np.newaxis])  # at weight 1; a sum would lose the sign of a zero
+            return
+        if self._kernel is not None:
+            self._mean_compiled(self._kernel, start, out)
             return
         for group_start, weights in self._groups:
             group = self._frames[group_start : group_start + _GROUP_ROWS]
@@ -202,13 +223,26 @@ class Fold:
             rows[0] = out
             _add_rows(weights[skip:], rows[skip : len(group) + 1], out)
 
+    def _mean_compiled(self, kernel: Kernel, start: int, out: NDArray[np.float64]) -> None:
+        """The same, of all updates at once, from where they lie in the spool's map."""
+        for index, first, columns in self._pieces(start, len(out)):
+            elements, starts = self._spool.located(
+                [frames[index] for frames in self._frames], first, columns.stop - columns.start
+            )
+            kernel.add_rows(elements, np.array(starts, np.int64), self._weights, out[columns])
+
     def _load(self, group: Sequence[Mapping[int, StoredFrame]], start: int, rows: NDArray[np.float64]) -> None:
-        """Fill `rows` with elements `start` to `start + n` of each update in `group`, from all frames that they lie in."""
+        """Fill `rows` with elements `start` to `start + n` of each update in `group`."""
+        for index, first, columns in self._pieces(start, rows.shape[1]):
+            self._spool.load_rows([frames[index] for frames in group], first, rows[:, columns])
+
+    def _pieces(self, start: int, num_elements: int) -> Iterator[tuple[int, int, slice]]:
+        """The frames that these elements lie in: index, first element within it, and where among these its elements are."""
         done = 0
-        while done < rows.shape[1]:
+        while done < num_elements:
             index, first = divmod(start + done, self._framing.frame_elements)
-            stop = min(done + self._framing.frame_elements - first, rows.shape[1])
-            self._spool.load_rows([frames[index] for frames in group], first, rows[:, done:stop])
+            stop = min(done + self._framing.frame_elements - first, num_elements)
+            yield index, first, slice(done, stop)
             done = stop
 
 
@@ -225,6 +259,20 @@ def _restore_zero_signs(next_block: NDArray[np.float32], global_block: NDArray[n
     zeros = next_block == 0
     if zeros.any():
         np.copyto(next_block, global_block, where=zeros & (global_block == 0))
+
+
+def _sums_of_squares(
+    next_block: NDArray[np.float32], global_block: NDArray[np.float32], scratch: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """float64[NUM_LANES]: the sums of `(next - global)^2`, that of element i in lane `i % NUM_LANES`."""
+    squares = scratch[: len(next_block)]
+    np.copyto(squares, next_block)
+    np.subtract(squares, global_block, out=squares)
+    np.multiply(squares, squares, out=squares)
+    whole = len(squares) - len(squares) % NUM_LANES
+    lanes: NDArray[np.float64] = np.add.reduce(squares[:whole].reshape(-1, NUM_LANES), axis=0)
+    lanes[: len(squares) - whole] += squares[whole:]
+    return lanes
 
 
 def _check_cohort(ordered: Sequence[CountedUpdate]) -> None:

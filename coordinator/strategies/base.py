@@ -34,5 +34,5 @@ class Strategy(Protocol):
             mean_block: float64[n], the weighted mean of what the agents had after training; it may be overwritten.
 
         Returns:
-            float32[n], a new array.
+            float32[n], a new array, contiguous: it is written to.
         """

@@ -9,6 +9,7 @@ import pytest
 
 import coordinator.aggregate
 import coordinator.spool
+from coordinator import kernel
 from coordinator.aggregate import AggregationError, CountedUpdate, aggregate
 from coordinator.gates import delta_sum_squares
 from coordinator.models import ModelStore
@@ -65,6 +66,16 @@ class Round:
 def small_blocks(monkeypatch):
     """Several blocks even of small models, which end in the middle of frames."""
     monkeypatch.setattr(coordinator.aggregate, "_BLOCK_ELEMENTS", 3)
+
+
+@pytest.fixture(autouse=True, params=["numpy", "numba"])
+def way(request):
+    """All of it holds either way of doing the arithmetic."""
+    if request.param == "numba" and kernel.compiled() is None:
+        pytest.skip("numba is not installed, or rounds otherwise here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "WORTH_ELEMENTS", 0 if request.param == "numba" else math.inf)
+        yield
 
 
 @pytest.fixture

@@ -118,6 +118,10 @@ def test_one_file_imports_the_mqtt_client():
     assert found <= {"midge/transport/mqtt.py", "midge/transport/link.py"}
 
 
+def test_one_file_imports_the_compiler():
+    assert importers("numba", FILES) == {"coordinator/kernel.py"}
+
+
 @pytest.mark.parametrize("library", ["torch", "torchvision", "sklearn"])
 def test_only_tasks_know_of_torch_and_of_data_sets(library):
     assert {name for name in importers(library, FILES) if not name.startswith("midge/tasks/")} == set()
