@@ -238,7 +238,11 @@ class Driver:
         Raises:
             OSError: the disk is full or fails; nothing was sent that depends on what could not be stored.
         """
-        while self._commands or self._moved:
+        while True:
+            if self.run is not None:
+                self._take(self.run.end_turn())
+            if not self._commands and not self._moved:
+                break
             commands, self._commands = self._commands, []
             self._persist([command for command in commands if isinstance(command, ev.SAVES)], now)
             for command in commands:

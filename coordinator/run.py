@@ -62,12 +62,16 @@ class RunState(enum.StrEnum):
 
 
 _SeenAttempt = tuple[int, int, RoundState, dict[str, MemberState]]
+_SeenRun = tuple[RunState, str, int, tuple[int, float] | None]
 
 FINAL = (RunState.DONE, RunState.FAILED, RunState.STOPPED)
 
 
 class Run:
     """The machine. `step` takes an event and the time and returns commands; `deadline` says when to call it at the latest.
+
+    A driver hands over all events that wait, then calls `end_turn`: what would be said or saved after each of them is said
+    or saved once.
 
     Args:
         config: what the run is.
@@ -113,15 +117,15 @@ class Run:
         self._heard_by = math.inf
         self._delta_norm = 0.0
         self._saved_attempt: _SeenAttempt | None = None
-        self._saved_run: object = None
+        self._saved_run: _SeenRun | None = None
         if resumed is not None:
             self._restore(resumed)
+        self._told_state = self.state
 
     # The public surface.
 
     def start(self) -> list[ev.Command]:
         """What a new or a resumed run does first."""
-        before = self.state
         commands: list[ev.Command] = []
         if self.version is None:
             commands.append(ev.PrepareModel(self.config.seed))
@@ -129,18 +133,38 @@ class Run:
         if self.attempt is not None:
             commands += self._take(self.attempt.resume(self.now))
             commands += self._to_round(rounds.FleetChanged(self._available()))
-        return self._finish_step(commands, before)
+        return self._finish_step(commands)
 
     def step(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take one event at `now`, and return what is to be done. A peer can never make it raise."""
         self.now = max(self.now, now)
         if self.state in FINAL:
             return self._after_the_end(event)
-        before = self.state
         commands = self._settle()
         if self.state not in FINAL:
             commands += self._apply(event)
-        return self._finish_step(commands, before)
+        return self._finish_step(commands)
+
+    def end_turn(self) -> list[ev.Command]:
+        """What the steps since the last call add up to: acknowledgements that are due, and what has changed, to be saved.
+
+        It comes after any number of steps, and before anything that they decided is performed.
+        """
+        commands: list[ev.Command] = []
+        if self.attempt is not None and self.state not in FINAL:
+            commands += self.attempt.acknowledge(self.now)
+        commands += self._save_attempt()
+        if self.tallies.changed:
+            self.tallies.changed = False
+            commands.append(ev.SaveTallies(dict(self.tallies.counts)))
+        seen = (self.state, self.reason, self.current_round - 1, self.best)
+        if seen != self._saved_run:
+            self._saved_run = seen
+            commands.append(ev.SaveRun(*seen[:3], *(self.best or (None, None))))
+        if self.state is not self._told_state:
+            self._told_state = self.state
+            commands.append(ev.RunChanged(self.state, self.reason))
+        return commands
 
     def raise_epoch(self, epoch: int) -> list[ev.Command]:
         """This coordinator has a higher epoch now: agents that still work are told."""
@@ -432,20 +456,14 @@ class Run:
                 break
         return commands
 
-    def _finish_step(self, commands: list[ev.Command], before: RunState) -> list[ev.Command]:
-        """Go as far as possible without another event, then add what must be acknowledged and persisted."""
+    def _finish_step(self, commands: list[ev.Command]) -> list[ev.Command]:
+        """Go as far as possible without another event."""
         commands += self._go_on()
         self._settle_start()
         if self.state not in FINAL and self.now >= self._roll_call_due_at():
             self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
             commands.append(ev.CallRoll())
-        if self.attempt is not None:
-            commands += self.attempt.acknowledge(self.now)
-        commands += self._save_attempt()
-        if self.tallies.changed:
-            self.tallies.changed = False
-            commands.append(ev.SaveTallies(dict(self.tallies.counts)))
-        return commands + self._save_run(before)
+        return commands
 
     def _advance(self) -> tuple[RunState, list[ev.Command]]:
         """The state to be in now, and commands where a step towards the next round could be taken."""
@@ -490,17 +508,6 @@ class Run:
         can_wait = self._saved_attempt is not None and _essence(seen) == _essence(self._saved_attempt)
         self._saved_attempt = seen
         return [ev.SaveAttempt(*seen[:3], machine.reason, seen[3], can_wait)]
-
-    def _save_run(self, before: RunState) -> list[ev.Command]:
-        best_round, best_value = self.best or (None, None)
-        save = ev.SaveRun(self.state, self.reason, self.current_round - 1, best_round, best_value)
-        commands: list[ev.Command] = []
-        if save != self._saved_run:
-            self._saved_run = save
-            commands.append(save)
-        if self.state is not before:
-            commands.append(ev.RunChanged(self.state, self.reason))
-        return commands
 
     # Small helpers.
 

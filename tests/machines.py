@@ -122,7 +122,7 @@ def sent(commands: Iterable[Any], kind: type[M]) -> dict[str, M]:
 
 
 class Talk:
-    """A conversation with a run: after each step the invariants hold, and no deadline is left in the past.
+    """A conversation with a run, in turns of one event: after each the invariants hold, and no deadline is left in the past.
 
     Args:
         settings: the run's.
@@ -148,14 +148,14 @@ class Talk:
         self.run = Run(
             settings or config(), epoch=epoch, fleet=self.fleet, now=now, resumed=resumed, connected=connected
         )
-        self.first = self._checked(self.run.start())
+        self.first = self._checked(self.run.start() + self.run.end_turn())
 
     # Time.
 
     def hear(self, event: ev.Event, after_s: float = 0.0) -> list[ev.Command]:
         """Hand over an event, `after_s` seconds later."""
         self.now += after_s
-        return self._checked(self.run.step(event, self.now))
+        return self._checked(self.run.step(event, self.now) + self.run.end_turn())
 
     def wait(self, seconds: float) -> list[ev.Command]:
         """Let time pass, with a timer at each deadline; returns all commands."""

@@ -194,11 +194,11 @@ class World:
             resumed=self.disk.resumed(self.framing),
         )
         self.run = run
-        self._perform_all(run.start())
+        self._perform_all(run.start() + run.end_turn())
         return run
 
     def to_run(self, event: rev.Event) -> None:
-        commands = self.run.step(event, self.now)
+        commands = self.run.step(event, self.now) + self.run.end_turn()
         self.run.check()
         assert self.run.deadline() > self.now, f"the run is woken again and again: {self.run.status()}"
         self._perform_all(commands)
