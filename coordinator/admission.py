@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from midge.wire.errors import LayoutError
 from midge.wire.layout import Layout
 from midge.wire.messages import RejectReason, UpdateHeader
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
+class Rejection(Struct, frozen=True):
     """Why an update does not count."""
 
     reason: RejectReason

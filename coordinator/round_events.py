@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 # Events, in the past tense.
 
 
-@dataclass(frozen=True, slots=True)
-class FleetChanged:
+class FleetChanged(Struct, frozen=True):
     """These agents could take part now."""
 
     available: frozenset[str]
@@ -17,71 +16,61 @@ class FleetChanged:
         return f"FleetChanged({len(self.available)} agents)"
 
 
-@dataclass(frozen=True, slots=True)
-class AgentAccepted:
+class AgentAccepted(Struct, frozen=True):
     """An agent took its invitation."""
 
     agent_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class AgentRefused:
+class AgentRefused(Struct, frozen=True):
     """An agent takes no part, or no longer."""
 
     agent_id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class AgentLost:
+class AgentLost(Struct, frozen=True):
     """An agent went offline."""
 
     agent_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class AgentReturned:
+class AgentReturned(Struct, frozen=True):
     """An agent came online, or started anew: it may not know of its invitation."""
 
     agent_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateAccepted:
+class UpdateAccepted(Struct, frozen=True):
     """An agent's update is complete, passed every gate and is stored."""
 
     agent_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateRejected:
+class UpdateRejected(Struct, frozen=True):
     """An agent's update failed a gate."""
 
     agent_id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Aggregated:
+class Aggregated(Struct, frozen=True):
     """The new version is stored under this digest."""
 
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class AggregationFailed:
+class AggregationFailed(Struct, frozen=True):
     """No new version could be made."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class CloseRequested:
+class CloseRequested(Struct, frozen=True):
     """The operator wants the round to end with what has come."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Struct, frozen=True):
     """Nothing but time."""
 
 
@@ -103,43 +92,37 @@ Event = (
 # Commands, in the imperative.
 
 
-@dataclass(frozen=True, slots=True)
-class Invite:
+class Invite(Struct, frozen=True):
     """Invite these agents, for the first time or again."""
 
     agent_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Struct, frozen=True):
     """These agents are lost: what is reserved for them can go to others, until they are heard again."""
 
     agent_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Dismiss:
+class Dismiss(Struct, frozen=True):
     """Tell these agents that their work is not wanted any more."""
 
     agent_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Aggregate:
+class Aggregate(Struct, frozen=True):
     """Average these agents' updates; `Aggregated` or `AggregationFailed` follows."""
 
     agent_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Struct, frozen=True):
     """Make this version the current one."""
 
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Abandon:
+class Abandon(Struct, frozen=True):
     """Give this attempt up."""
 
     reason: str

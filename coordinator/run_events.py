@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from coordinator.cohort import Change
 from coordinator.round import MemberState, RoundState
@@ -15,8 +16,7 @@ from midge.wire.messages import Acceptance, Evaluation, Progress, Refusal, ToAge
 # Events, in the past tense.
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPrepared:
+class ModelPrepared(Struct, frozen=True):
     """The model of round 0 is stored."""
 
     digest: str
@@ -24,59 +24,51 @@ class ModelPrepared:
     framing: Framing
 
 
-@dataclass(frozen=True, slots=True)
-class PreparationFailed:
+class PreparationFailed(Struct, frozen=True):
     """The task could not make its model."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerConnected:
+class BrokerConnected(Struct, frozen=True):
     """The broker can be reached; it may have forgotten everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerLost:
+class BrokerLost(Struct, frozen=True):
     """The broker cannot be reached."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPublished:
+class ModelPublished(Struct, frozen=True):
     """All frames of this version, and its head, are with the broker."""
 
     round_num: int
 
 
-@dataclass(frozen=True, slots=True)
-class FleetMoved:
+class FleetMoved(Struct, frozen=True):
     """An agent came, left or restarted; the fleet knows it already."""
 
     agent_id: str
     change: Change
 
 
-@dataclass(frozen=True, slots=True)
-class MessageCame:
+class MessageCame(Struct, frozen=True):
     """An agent said something; its identity is the topic's."""
 
     agent_id: str
     message: Acceptance | Refusal | Progress
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateOffered:
+class UpdateOffered(Struct, frozen=True):
     """An agent sent an update's header; `stored` are frames of that very update which are in the spool already."""
 
     agent_id: str
     header: UpdateHeader
-    stored: Mapping[int, FrameFacts] = field(default_factory=dict)
+    stored: Mapping[int, FrameFacts] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class FrameStored:
+class FrameStored(Struct, frozen=True):
     """A frame that was wanted is in the spool."""
 
     agent_id: str
@@ -84,31 +76,27 @@ class FrameStored:
     facts: FrameFacts
 
 
-@dataclass(frozen=True, slots=True)
-class FrameDropped:
+class FrameDropped(Struct, frozen=True):
     """A frame came that is not wanted."""
 
     agent_id: str
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class UpdatesAggregated:
+class UpdatesAggregated(Struct, frozen=True):
     """The next version is stored."""
 
     digest: str
     delta_norm: float
 
 
-@dataclass(frozen=True, slots=True)
-class AggregationBroke:
+class AggregationBroke(Struct, frozen=True):
     """The next version could not be made."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModelEvaluated:
+class ModelEvaluated(Struct, frozen=True):
     """How a version does on the coordinator's test data; None where the task has none, or it failed."""
 
     round_num: int
@@ -116,18 +104,15 @@ class ModelEvaluated:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class CloseAsked:
+class CloseAsked(Struct, frozen=True):
     """The operator wants the round to end with what has come."""
 
 
-@dataclass(frozen=True, slots=True)
-class StopAsked:
+class StopAsked(Struct, frozen=True):
     """The operator wants the run to stop, and to be resumed some day."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Struct, frozen=True):
     """Nothing but time."""
 
 
@@ -154,28 +139,24 @@ Event = (
 # Commands, in the imperative. Whatever is to be saved is saved before anything is sent.
 
 
-@dataclass(frozen=True, slots=True)
-class PrepareModel:
+class PrepareModel(Struct, frozen=True):
     """Make the model of round 0; `ModelPrepared` or `PreparationFailed` follows."""
 
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class PublishModel:
+class PublishModel(Struct, frozen=True):
     """Publish this version, frames first and head last; `ModelPublished` follows."""
 
     round_num: int
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallRoll:
+class CallRoll(Struct, frozen=True):
     """Ask every agent to say that it is there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Tell an agent something."""
 
     agent_id: str
@@ -183,16 +164,14 @@ class Send:
     expiry_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetFrames:
+class ForgetFrames(Struct, frozen=True):
     """These frames will not be needed."""
 
     agent_id: str
     update_digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedUpdate:
+class AcceptedUpdate(Struct, frozen=True):
     """An update that counts, as it is stored."""
 
     agent_id: str
@@ -202,12 +181,11 @@ class AcceptedUpdate:
     counters: tuple[int, ...]
     norm: float
     training_s: float = 0.0
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = {}
     evaluation: Evaluation | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AggregateUpdates:
+class AggregateUpdates(Struct, frozen=True):
     """Average these; `UpdatesAggregated` or `AggregationBroke` follows."""
 
     round_num: int
@@ -215,16 +193,14 @@ class AggregateUpdates:
     updates: tuple[AcceptedUpdate, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateModel:
+class EvaluateModel(Struct, frozen=True):
     """Evaluate this version on test data; `ModelEvaluated` follows, in any case."""
 
     round_num: int
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class SaveRun:
+class SaveRun(Struct, frozen=True):
     """Persist where the run stands."""
 
     state: str
@@ -234,8 +210,7 @@ class SaveRun:
     best_value: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class SaveAttempt:
+class SaveAttempt(Struct, frozen=True):
     """Persist where an attempt stands.
 
     `can_wait` where a restart would do the same without it: that an agent took its invitation, say.
@@ -249,16 +224,14 @@ class SaveAttempt:
     can_wait: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SaveUpdate:
+class SaveUpdate(Struct, frozen=True):
     """Persist an accepted update, its frames first."""
 
     round_num: int
     update: AcceptedUpdate
 
 
-@dataclass(frozen=True, slots=True)
-class SaveVersion:
+class SaveVersion(Struct, frozen=True):
     """Persist a version: each has one digest and one parent."""
 
     round_num: int
@@ -271,8 +244,7 @@ class SaveVersion:
     attempts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SaveEvaluation:
+class SaveEvaluation(Struct, frozen=True):
     """Persist how a version does: `source` is central (test data) or federated (the agents' own)."""
 
     round_num: int
@@ -280,8 +252,7 @@ class SaveEvaluation:
     score: Evaluation
 
 
-@dataclass(frozen=True, slots=True)
-class SaveTallies:
+class SaveTallies(Struct, frozen=True):
     """Persist the run's counts of updates by (outcome, reason)."""
 
     tallies: Mapping[tuple[str, str], int]
@@ -290,24 +261,21 @@ class SaveTallies:
 # Notes: what a person or a metric wants to know. Nothing depends on them.
 
 
-@dataclass(frozen=True, slots=True)
-class RunChanged:
+class RunChanged(Struct, frozen=True):
     """The run's state changed."""
 
     state: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class RoundOpened:
+class RoundOpened(Struct, frozen=True):
     """An attempt began."""
 
     round_num: int
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class PhaseEnded:
+class PhaseEnded(Struct, frozen=True):
     """A phase of a round took so long."""
 
     round_num: int
@@ -315,8 +283,7 @@ class PhaseEnded:
     duration_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class RoundEnded:
+class RoundEnded(Struct, frozen=True):
     """An attempt ended."""
 
     round_num: int
@@ -330,8 +297,7 @@ class RoundEnded:
     update_norms: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class AgentSpoke:
+class AgentSpoke(Struct, frozen=True):
     """An agent accepted, made progress or refused (`state` says which)."""
 
     agent_id: str
@@ -341,8 +307,7 @@ class AgentSpoke:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateSettled:
+class UpdateSettled(Struct, frozen=True):
     """An update met its fate: accepted, rejected, late or duplicate."""
 
     agent_id: str
@@ -351,15 +316,13 @@ class UpdateSettled:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateReceived:
+class UpdateReceived(Struct, frozen=True):
     """A header came."""
 
     agent_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class MessageStale:
+class MessageStale(Struct, frozen=True):
     """A message or a frame of another run, epoch, round or attempt was dropped; `kind` is control or update."""
 
     kind: str

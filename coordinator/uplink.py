@@ -21,6 +21,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from midge.wire.frames import Framing, content_tag, update_digest
 from midge.wire.messages import MAX_RANGES, Range, UpdateHeader
 
@@ -29,8 +31,7 @@ TOTAL_CREDIT = 256
 _ACK_DELAY_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class FrameFacts:
+class FrameFacts(Struct, frozen=True):
     """What is remembered of a stored frame.
 
     Attributes:
@@ -52,8 +53,7 @@ class Verdict(enum.StrEnum):
     MALFORMED = "malformed"
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledgement:
+class Acknowledgement(Struct, frozen=True):
     """What an agent is to be told."""
 
     agent_id: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from midge.wire.messages import (
     Cancel,
@@ -19,16 +20,14 @@ from midge.wire.messages import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Objection:
+class Objection(Struct, frozen=True):
     """Why an agent will not take part."""
 
     reason: RefusalReason
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedUpdate:
+class FinishedUpdate(Struct, frozen=True):
     """A finished update as it lies on disk, and all that its header says but the address."""
 
     run_id: str
@@ -40,7 +39,7 @@ class FinishedUpdate:
     num_examples: int
     counters: tuple[int, ...]
     training_s: float = 0.0
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = {}
     evaluation: Evaluation | None = None
     frames_bytes: int = 0
 
@@ -48,97 +47,83 @@ class FinishedUpdate:
 # Events, in the past tense.
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerConnected:
+class BrokerConnected(Struct, frozen=True):
     """The broker can be reached; subscriptions and retained messages may be gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerLost:
+class BrokerLost(Struct, frozen=True):
     """The broker cannot be reached."""
 
 
-@dataclass(frozen=True, slots=True)
-class CoordinatorSeen:
+class CoordinatorSeen(Struct, frozen=True):
     """The coordinator's presence came."""
 
     status: CoordinatorStatus
 
 
-@dataclass(frozen=True, slots=True)
-class RollCalled:
+class RollCalled(Struct, frozen=True):
     """The coordinator calls the roll."""
 
     call: RollCall
 
 
-@dataclass(frozen=True, slots=True)
-class Invited:
+class Invited(Struct, frozen=True):
     """An invitation came; `objection` is what the operator's rules say against it."""
 
     invitation: Invitation
     objection: Objection | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Struct, frozen=True):
     """The coordinator answered an update, or wants the work no more."""
 
     message: Credit | Receipt | Cancel
 
 
-@dataclass(frozen=True, slots=True)
-class HeadSeen:
+class HeadSeen(Struct, frozen=True):
     """The head of a run's model came."""
 
     head: Head
 
 
-@dataclass(frozen=True, slots=True)
-class FrameStored:
+class FrameStored(Struct, frozen=True):
     """A wanted frame of the model is on disk."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModelChecked:
+class ModelChecked(Struct, frozen=True):
     """The model on disk was compared with the head's digest."""
 
     is_right: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingProgressed:
+class TrainingProgressed(Struct, frozen=True):
     """The worker says how far it is, 0 to 1."""
 
     fraction: float
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingFinished:
+class TrainingFinished(Struct, frozen=True):
     """The worker wrote its update to disk."""
 
     update: FinishedUpdate
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingFailed:
+class TrainingFailed(Struct, frozen=True):
     """The worker could not do it, or died."""
 
     objection: Objection
 
 
-@dataclass(frozen=True, slots=True)
-class DiskFailed:
+class DiskFailed(Struct, frozen=True):
     """The disk is full or fails: the command was not done, nor those after it. Maybe the finished update cannot be read."""
 
     detail: str
     lost_update: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Struct, frozen=True):
     """Nothing but time."""
 
 
@@ -163,47 +148,40 @@ Event = (
 # Commands, in the imperative.
 
 
-@dataclass(frozen=True, slots=True)
-class AnnouncePresence:
+class AnnouncePresence(Struct, frozen=True):
     """Publish this agent's presence."""
 
 
-@dataclass(frozen=True, slots=True)
-class Say:
+class Say(Struct, frozen=True):
     """Tell the coordinator something."""
 
     message: ToCoordinator
     qos: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class WriteInvitation:
+class WriteInvitation(Struct, frozen=True):
     """Write this down, durably, before anything else is done."""
 
     invitation: Invitation
 
 
-@dataclass(frozen=True, slots=True)
-class EraseWork:
+class EraseWork(Struct, frozen=True):
     """The round is over for this agent: erase the invitation and the update."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchHead:
+class WatchHead(Struct, frozen=True):
     """Subscribe to the head of this run's model, and to no other."""
 
     run_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenModel:
+class OpenModel(Struct, frozen=True):
     """Make room on disk for this version."""
 
     head: Head
 
 
-@dataclass(frozen=True, slots=True)
-class AskFrames:
+class AskFrames(Struct, frozen=True):
     """Subscribe to frames of the head's version, after unsubscribing from others."""
 
     head: Head
@@ -211,28 +189,24 @@ class AskFrames:
     done: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckModel:
+class CheckModel(Struct, frozen=True):
     """Compare the model on disk with the head's digest; `ModelChecked` follows."""
 
     head: Head
 
 
-@dataclass(frozen=True, slots=True)
-class Train:
+class Train(Struct, frozen=True):
     """Have the worker train; `TrainingFinished` or `TrainingFailed` follows."""
 
     invitation: Invitation
     head: Head
 
 
-@dataclass(frozen=True, slots=True)
-class StopTraining:
+class StopTraining(Struct, frozen=True):
     """End the training under way; nothing follows."""
 
 
-@dataclass(frozen=True, slots=True)
-class SendFrames:
+class SendFrames(Struct, frozen=True):
     """Publish these frames of the update on disk."""
 
     update: FinishedUpdate
@@ -242,15 +216,13 @@ class SendFrames:
 # Notes: what a person or a metric wants to know. Nothing depends on them.
 
 
-@dataclass(frozen=True, slots=True)
-class StateChanged:
+class StateChanged(Struct, frozen=True):
     """The agent's state changed."""
 
     state: str
 
 
-@dataclass(frozen=True, slots=True)
-class RoundEnded:
+class RoundEnded(Struct, frozen=True):
     """The agent's part in a round ended: accepted, rejected, refused or cancelled."""
 
     invitation: Invitation
@@ -259,8 +231,7 @@ class RoundEnded:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Stale:
+class Stale(Struct, frozen=True):
     """A message was not for what the agent does now."""
 
     what: str

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 WINDOW = 16
 """Frames asked for at once: enough to keep a connection busy, and below a default Mosquitto's 20 in flight."""
@@ -17,8 +18,7 @@ _FIRST_PATIENCE_S = 2.0
 _LONGEST_PATIENCE_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True):
     """Subscribe to these frames' topics, and first unsubscribe from those that came."""
 
     wanted: tuple[int, ...]

@@ -9,8 +9,9 @@ end and sent again by its owner.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 
 class TransportError(Exception):
@@ -21,8 +22,7 @@ class PacketTooLargeError(TransportError):
     """A message is above the broker's packet limit: it was not sent, since the broker would cut the connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(Struct, frozen=True):
     """The connection is up. All subscriptions must be made again.
 
     Attributes:
@@ -34,8 +34,7 @@ class Connected:
     packet_limit_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(Struct, frozen=True):
     """The connection is down; the transport tries again by itself. Outstanding tokens are void.
 
     Attributes:
@@ -48,8 +47,7 @@ class Disconnected:
     fatal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MessageReceived:
+class MessageReceived(Struct, frozen=True):
     """A message came in. `retained` is true where the broker sent it because of a new subscription."""
 
     topic: str
@@ -57,15 +55,13 @@ class MessageReceived:
     retained: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(Struct, frozen=True):
     """The broker took the message with this token (it says nothing about any subscriber)."""
 
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class SubscriptionDenied:
+class SubscriptionDenied(Struct, frozen=True):
     """The broker refuses to let us read these topics."""
 
     topics: tuple[str, ...]
@@ -74,8 +70,7 @@ class SubscriptionDenied:
 TransportEvent = Connected | Disconnected | MessageReceived | Published | SubscriptionDenied
 
 
-@dataclass(frozen=True, slots=True)
-class Will:
+class Will(Struct, frozen=True):
     """What the broker publishes for us, retained and at QoS 1, when it loses us."""
 
     topic: str

@@ -12,7 +12,7 @@ the broker keeps; only what comes while the client is away waits for it. memory_
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import heapq
 import math
 import random
@@ -190,7 +190,7 @@ class MemoryBroker:
             self._forget(session)
         if client.will is None or noticed_after_s == math.inf:
             return
-        will = session.will = dataclasses.replace(client.will)  # told from the will of another cut by its identity
+        will = session.will = copy.copy(client.will)  # told from the will of another cut by its identity
         delay_s = noticed_after_s + (will.delay_s if self.delays_wills else 0)
         if delay_s > 0:
             self.call_at(self.now + delay_s, lambda: self._publish_will(session, will))

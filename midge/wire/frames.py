@@ -29,6 +29,8 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from midge.wire.errors import FrameError
 
 FLOAT32 = 1
@@ -102,8 +104,7 @@ def plan_framing(num_elements: int, packet_limit_bytes: int | None = None) -> Fr
     return framing
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(Struct, frozen=True):
     """A decoded frame: its header's fields, and its body as a view of the received buffer (nothing is copied)."""
 
     codec: int

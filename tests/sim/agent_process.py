@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import random
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from edge_agent import agent_events as ev
@@ -257,4 +257,4 @@ class AgentProcess(Process):
         framing = Framing(layout.num_elements, head.frame_elements)
         score = evaluate(elements, trained.num_examples)
         update, frames = package(trained, layout, framing, invitation.run_id, score)
-        return (dataclasses.replace(update, **LIES[lie](update)) if lie else update), frames, trained
+        return (msgspec.structs.replace(update, **LIES[lie](update)) if lie else update), frames, trained
