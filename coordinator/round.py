@@ -272,14 +272,14 @@ class Round:
             and member.state in (MemberState.INVITED, MemberState.ACCEPTED, MemberState.LOST)
         )
 
-    def status(self) -> str:
+    def status(self, now: float) -> str:
         """One line: what is missing, and until when."""
-        left = f"{max(0.0, self.deadline() - self.now):.0f} s"
+        left = f"{max(0.0, self.deadline() - now):.0f} s"
         match self.state:
             case RoundState.SELECTING:
                 return f"waiting for agents: {len(self._available)} of {self.config.minimum} are there (gives up in {left})"
             case RoundState.COLLECTING:
-                left = f"{max(0.0, self._ends_at - self.now):.0f} s"
+                left = f"{max(0.0, self._ends_at - now):.0f} s"
                 waiting = ", ".join(self.awaited[:5]) + (", ..." if len(self.awaited) > 5 else "")
                 return f"{len(self.reported)} of {self._wanted} updates, waiting for {waiting or 'nobody'} (at most {left})"
             case RoundState.AGGREGATING:
@@ -322,7 +322,7 @@ class Round:
         if self.state is not RoundState.COLLECTING:
             return math.inf
         next_resend = min((member.resend_at for member in self._members.values()), default=math.inf)
-        return min(self._ends_at, next_resend, math.inf if self._count(*_WAITING) else self._grace_ends_at())
+        return min(self._ends_at, next_resend, math.inf if self._num_awaited else self._grace_ends_at())
 
     def _settle_members(self) -> list[Command]:
         again: list[str] = []
@@ -344,7 +344,7 @@ class Round:
         return [*commands, *([Invite(tuple(again))] if again else []), *self._replace()]
 
     def _settle_end(self) -> list[Command]:
-        num_reported, num_awaited = self._count(MemberState.REPORTED), self._count(*_WAITING)
+        num_reported, num_awaited = self._num_reported, self._num_awaited
         if self.config.target and num_reported >= max(self.config.target, self.config.quorum):
             return self._close()
         if num_reported >= self.config.quorum and (not num_awaited or self.now >= self._ends_at):
@@ -355,8 +355,14 @@ class Round:
             return self._abandon(self._shortfall(f"after {self.config.report_deadline_s:g} s"))
         return []
 
-    def _count(self, *states: MemberState) -> int:
-        return sum(1 for member in self._members.values() if member.state in states)
+    @property
+    def _num_reported(self) -> int:
+        return [member.state for member in self._members.values()].count(MemberState.REPORTED)
+
+    @property
+    def _num_awaited(self) -> int:
+        states = [member.state for member in self._members.values()]
+        return sum(map(states.count, _WAITING))
 
     def _grace_ends_at(self) -> float:
         """Until when lost members may come back once nobody is waited for; minus infinity where none is lost."""
@@ -445,8 +451,10 @@ class Round:
 
     def _replace(self) -> list[Command]:
         """Invite the next agents of the draw for those that will not report, up to the number first invited."""
-        short = self._num_invited_first - self._count(*_WAITING, MemberState.REPORTED)
-        if short <= 0 or not self.config.target:
+        if not self.config.target:
+            return []
+        short = self._num_invited_first - self._num_awaited - self._num_reported
+        if short <= 0:
             return []
         spare = self._available - self._members.keys()
         if not spare:

@@ -204,7 +204,7 @@ class Run:
             case RunState.WAITING:
                 return f"waiting for the evaluation of round {min(self.scoring.owed, default=0)}"
             case RunState.IN_ROUND if self.attempt is not None:
-                return f"round {self.current_round} of {self.config.rounds}: {self.attempt.round.status()}"
+                return f"round {self.current_round} of {self.config.rounds}: {self.attempt.round.status(self.now)}"
             case RunState.FINISHING:
                 return "evaluating the final model"
             case RunState.DONE:
@@ -426,7 +426,9 @@ class Run:
 
     def _settle(self) -> list[ev.Command]:
         """Apply what the passing of time decides, before an event is looked at."""
-        commands = self._to_round(rounds.TimePassed())
+        commands: list[ev.Command] = []
+        if self.attempt is not None and self.now >= self.attempt.round.deadline():
+            commands = self._to_round(rounds.TimePassed())
         if self.now >= self._heard_by:
             self._heard_by = math.inf
             commands += self._give_up_unheard()

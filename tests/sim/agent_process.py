@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from tests.sim.process import Process, WatchedTransport
 
 if TYPE_CHECKING:
     from tests.sim.federation import Federation
+
+
+_layout = functools.cache(Layout)
 
 
 @dataclass
@@ -99,7 +103,7 @@ class MemoryJournal:
         self.model[start : start + expected] = body
 
     def model_is(self, head: Head) -> bool:
-        hasher = model_hash(Layout(head.layout), head.counters)
+        hasher = model_hash(_layout(head.layout), head.counters)
         hasher.update(self.model)
         return hasher.hexdigest() == head.model_digest
 

@@ -145,8 +145,11 @@ class Federation:
     def run(self, until: Callable[[], bool], limit_s: float) -> bool:
         """Go on until `until` is true, which is asked after each event, or the time is past `limit_s`; whether it is."""
         while not until():
-            if not self._step(limit_s):
-                return False
+            try:
+                if not self._step(limit_s):
+                    return False
+            except Crash as crash:
+                self._crashed(crash.process)
         return True
 
     def crash(self, process: Process) -> None:
@@ -184,9 +187,9 @@ class Federation:
             return False
         if due < at:
             broker.wait_until(due)
-            self._guard(sleeper.wake)
+            sleeper.wake()
         else:
-            self._guard(broker.deliver_next)
+            broker.deliver_next()
         return True
 
     def _guard(self, action: Callable[[], object]) -> None:

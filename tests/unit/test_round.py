@@ -64,7 +64,7 @@ class Talk:
         self.now += after_s
         commands = self.round.step(event, self.now)
         self.round.check()
-        assert self.round.deadline() > self.now, f"woken again and again: {self.round.status()}"
+        assert self.round.deadline() > self.now, f"woken again and again: {self.round.status(self.now)}"
         return commands
 
     def wait(self, seconds: float) -> list[tuple[float, Any]]:
@@ -191,7 +191,7 @@ def test_an_event_of_an_agent_outside_the_cohort_changes_nothing():
 def test_a_round_waits_for_its_minimum_and_invites_everyone_who_is_there():
     talk = Talk(minimum=3)
     assert talk.fleet("a", "b") == []
-    assert "2 of 3" in talk.round.status()
+    assert "2 of 3" in talk.round.status(talk.now)
     (invite,) = talk.fleet("a", "b", "c")
     assert sorted(invite.agent_ids) == ["a", "b", "c"]
     assert talk.round.state is RoundState.COLLECTING
@@ -274,7 +274,7 @@ def test_a_round_ends_when_all_that_were_invited_have_reported():
     assert talk.report("c", "a") == []
     assert talk.report("b") == [Aggregate(("a", "b", "c"))]
     assert talk.hear(Aggregated("d1")) == [Commit("d1")]
-    assert "3 updates" in talk.round.status()
+    assert "3 updates" in talk.round.status(talk.now)
 
 
 def test_a_round_with_a_target_ends_at_the_target_and_dismisses_the_rest():
@@ -429,7 +429,7 @@ def test_the_deadline_abandons_a_round_without_a_quorum_and_names_who_is_missing
     assert when == 700.0
     assert abandon == Abandon("1 updates, quorum is 3, after 600 s: b refused (battery), c lost (offline), d accepted")
     assert talk.round.reason == abandon.reason
-    assert talk.round.status() == f"abandoned: {abandon.reason}"
+    assert talk.round.status(talk.now) == f"abandoned: {abandon.reason}"
 
 
 def test_a_round_with_a_quorum_does_not_wait_for_lost_agents():
