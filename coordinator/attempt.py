@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from coordinator import round_events as rounds
 from coordinator import run_events as ev
 from coordinator.admission import Gates, Rejection
-from coordinator.round import MemberState, Round, RoundState
+from coordinator.round import WAITING, MemberState, Round, RoundState
 from coordinator.run_config import RunConfig
 from coordinator.uplink import Uplink, Verdict
 from midge.wire.frames import Frame, Framing, run_tag
@@ -177,9 +177,10 @@ class Attempt:
         agent_id, header = event.agent_id, event.header
         if address_of(header) != self.address:
             return self._on_stale_offer(agent_id, header, now)
-        if agent_id not in self.round.members:
+        state = self.round.state_of(agent_id)
+        if state is None:
             return self._reject(agent_id, header, Rejection("identity", "was not invited to this round"), now)
-        if self.round.members[agent_id] is MemberState.REPORTED:
+        if state is MemberState.REPORTED:
             return [self._settle(agent_id, "duplicate"), self._answer_again(agent_id, header)]
         if agent_id in self._rejections:
             receipt = self._reject_receipt(agent_id, header, self._rejections[agent_id])
@@ -193,7 +194,8 @@ class Attempt:
             changed = f"offered {_MAX_REPLACEMENTS + 2} different updates in one attempt: training must repeat its bits"
             return self._reject(agent_id, header, Rejection("digest", changed), now)
         outputs = self._begin_transfer(event, now)
-        outputs += self.step(rounds.AgentAccepted(agent_id), now)
+        if state is not MemberState.ACCEPTED:
+            outputs += self.step(rounds.AgentAccepted(agent_id), now)
         return outputs + self._judge(agent_id, now)
 
     def on_frame(self, event: ev.FrameStored, now: float) -> list[Output]:
@@ -278,7 +280,7 @@ class Attempt:
 
     def _reject(self, agent_id: str, header: UpdateHeader, rejection: Rejection, now: float) -> list[Output]:
         outputs: list[Output] = [self._reject_receipt(agent_id, header, rejection)]
-        if agent_id in self.round.members:
+        if self.round.state_of(agent_id) is not None:
             self._rejections[agent_id] = rejection
             outputs += self._end_transfer(agent_id, header, now)
         outputs.append(self._settle(agent_id, "rejected", rejection.reason, rejection.detail))
@@ -403,9 +405,12 @@ class Attempt:
         """Assert what holds between any two steps."""
         self.round.check()
         self.uplink.check()
-        assert set(self.round.reported) <= set(self.accepted), "an update that counts is not stored"
-        waiting = self.round.awaited if self.round.state is RoundState.COLLECTING else ()
-        assert self.uplink.transfers.keys() <= set(waiting), "credit is kept for agents that are not waited for"
+        states = self.round.members
+        reported = {agent_id for agent_id, state in states.items() if state is MemberState.REPORTED}
+        assert reported <= self.accepted.keys(), "an update that counts is not stored"
+        awaited = {agent_id for agent_id, state in states.items() if state in WAITING}
+        waiting = awaited if self.round.state is RoundState.COLLECTING else set()
+        assert self.uplink.transfers.keys() <= waiting, "credit is kept for agents that are not waited for"
 
 
 def cancel(agent_id: str, address: Address, reason: str = "late") -> ev.Send:

@@ -88,7 +88,7 @@ class MemberState(enum.StrEnum):
     LOST = "lost"
 
 
-_WAITING = (MemberState.INVITED, MemberState.ACCEPTED)
+WAITING = (MemberState.INVITED, MemberState.ACCEPTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class Round:
         self = cls(config, round_num, attempt, seed, now)
         self.state = state
         for agent_id, member_state in members.items():
-            resend_at = now if member_state in _WAITING else math.inf
+            resend_at = now if member_state in WAITING else math.inf
             self._members[agent_id] = _Member(member_state, invited_at=now, resend_at=resend_at, left_at=now)
         self._num_invited_first = self._num_to_invite(len(members))
         if state is RoundState.COLLECTING:
@@ -256,21 +256,21 @@ class Round:
     @property
     def awaited(self) -> tuple[str, ...]:
         """Agents that the round still waits for, in order of their ids."""
-        return tuple(sorted(a for a, member in self._members.items() if member.state in _WAITING))
+        return tuple(sorted(a for a, member in self._members.items() if member.state in WAITING))
 
     @property
     def ends_at(self) -> float:
         """When the wait for updates ends, monotonic seconds."""
         return self._ends_at
 
+    def state_of(self, agent_id: str) -> MemberState | None:
+        """Where a member of the cohort stands; None for any other agent."""
+        member = self._members.get(agent_id)
+        return None if member is None else member.state
+
     def is_open_to(self, agent_id: str) -> bool:
         """Whether an update of this agent could still count."""
-        member = self._members.get(agent_id)
-        return (
-            self.state is RoundState.COLLECTING
-            and member is not None
-            and member.state in (MemberState.INVITED, MemberState.ACCEPTED, MemberState.LOST)
-        )
+        return self.state is RoundState.COLLECTING and self.state_of(agent_id) in (*WAITING, MemberState.LOST)
 
     def status(self, now: float) -> str:
         """One line: what is missing, and until when."""
@@ -292,14 +292,14 @@ class Round:
     def check(self) -> None:
         """Assert the invariants that hold between any two steps."""
         if self.state in (RoundState.AGGREGATING, RoundState.COMMITTED):
-            assert len(self.reported) >= self.config.quorum, "I5: fewer updates than the quorum"
+            assert self._num_reported >= self.config.quorum, "I5: fewer updates than the quorum"
         if self.state is RoundState.COMMITTED:
             assert self.digest, "a committed round without a digest"
         if self.state is RoundState.ABANDONED:
             assert self.reason, "an abandoned round without a reason"
         if self.state is RoundState.COLLECTING:
             assert self._members, "collecting from nobody"
-            assert self.awaited or self.now < self._grace_ends_at(), "waiting for nobody"
+            assert self._num_awaited or self.now < self._grace_ends_at(), "waiting for nobody"
 
     # What time does.
 
@@ -362,7 +362,7 @@ class Round:
     @property
     def _num_awaited(self) -> int:
         states = [member.state for member in self._members.values()]
-        return sum(map(states.count, _WAITING))
+        return sum(map(states.count, WAITING))
 
     def _grace_ends_at(self) -> float:
         """Until when lost members may come back once nobody is waited for; minus infinity where none is lost."""
@@ -408,10 +408,10 @@ class Round:
                 member.reason = ""
             case AgentRefused(_, reason) if not done:
                 self._fail(member, MemberState.REFUSED, reason, self.now)
-            case AgentLost(agent_id) if member.state in _WAITING:
+            case AgentLost(agent_id) if member.state in WAITING:
                 self._fail(member, MemberState.LOST, "offline", self.now)
                 return [Release((agent_id,)), *self._replace()]
-            case AgentReturned(agent_id) if member.state in (*_WAITING, MemberState.LOST):
+            case AgentReturned(agent_id) if member.state in (*WAITING, MemberState.LOST):
                 self._invite(agent_id)
                 return [Invite((agent_id,))]
             case _:
@@ -480,7 +480,7 @@ class Round:
         return [*dismiss, Abandon(reason)]
 
     def _dismiss(self) -> list[Command]:
-        pending = (*_WAITING, MemberState.LOST)
+        pending = (*WAITING, MemberState.LOST)
         waiting = tuple(sorted(a for a, member in self._members.items() if member.state in pending))
         return [Dismiss(waiting)] if waiting else []
 

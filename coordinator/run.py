@@ -117,6 +117,7 @@ class Run:
         self._heard_by = math.inf
         self._delta_norm = 0.0
         self._saved_attempt: _SeenAttempt | None = None
+        self._saved_essence: tuple[object, ...] | None = None
         self._saved_run: _SeenRun | None = None
         if resumed is not None:
             self._restore(resumed)
@@ -177,13 +178,10 @@ class Run:
         """When time alone changes something; infinity where it never does."""
         if self.state in FINAL:
             return math.inf
-        times = [self._pause_until]
+        at = min(self._pause_until, self._roll_call_due_at())
         if self.attempt is not None:
-            times += [self.attempt.deadline(), self._heard_by]
-        if self._may_fail_to_start():
-            times.append(self._starts_by)
-        times.append(self._roll_call_due_at())
-        return min(times)
+            return min(at, self.attempt.deadline(), self._heard_by)
+        return min(at, self._starts_by) if self._may_fail_to_start() else at
 
     def frame_verdict(self, agent_id: str, frame: Frame, topic_index: int) -> Verdict:
         """What to do with a frame that came under this agent's topic. Changes nothing."""
@@ -507,8 +505,9 @@ class Run:
         seen = (machine.round_num, machine.attempt, machine.state, machine.members)
         if seen == self._saved_attempt:
             return []
-        can_wait = self._saved_attempt is not None and _essence(seen) == _essence(self._saved_attempt)
-        self._saved_attempt = seen
+        essence = _essence(seen)
+        can_wait = essence == self._saved_essence
+        self._saved_attempt, self._saved_essence = seen, essence
         return [ev.SaveAttempt(*seen[:3], machine.reason, seen[3], can_wait)]
 
     # Small helpers.

@@ -212,6 +212,8 @@ class Uplink:
     def acknowledgements(self, now: float) -> list[Acknowledgement]:
         """What is due by `now`; each is returned once."""
         due = [transfer for transfer in self.transfers.values() if transfer.due_at <= now]
+        if not due:
+            return []
         self._grant(due)
         acknowledgements = []
         for transfer in due:
