@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from coordinator.aggregate import CountedUpdate, Fold
 from coordinator.kernel import Kernel, compiled, kernel_for
 from coordinator.models import ModelStore
+from coordinator.server_state import ServerState
 from coordinator.spool import RoundSpool, Spool
-from coordinator.strategies import make_strategy
+from coordinator.strategies import Step, make_strategy
 from midge.wire.codecs import FLOAT32, encode_float32
 from midge.wire.frames import ELEMENT_BYTES, Framing, content_tag, encode_frame, plan_framing, run_tag
 
@@ -107,9 +108,10 @@ def fold(ready: Round, num_threads: int, kernel: Kernel | None, *, stored: bool 
     weights = [1 / len(ready.updates)] * len(ready.updates)
     frames = [ready.spool.stored(update.agent_id, update.content_tag) for update in ready.updates]
     with ready.models.open(ready.base_digest) as base, ready.models.writer(base.layout, ()) as writer:
-        Fold(base, ready.spool, frames, weights, make_strategy("fedavg"), ready.framing, writer, kernel).run(
-            num_threads
-        )
+        strategy, framing = make_strategy("fedavg"), ready.framing
+        state = ServerState(strategy, framing.num_elements, ready.models, None, 1)
+        step = Step(1, len(frames), len(frames))
+        Fold(base, ready.spool, frames, weights, strategy, framing, writer, state, step, kernel).run(num_threads)
         if stored:
             writer.commit()
 

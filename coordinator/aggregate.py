@@ -11,7 +11,8 @@ because every element is computed by one fixed sequence of float64 operations:
 1. updates are sorted by agent id; the weights are normalised in float64 with an exactly rounded sum;
 2. `mean = ((w_0 x_0 + w_1 x_1) + w_2 x_2) + ...`. Rows are taken in groups that bound the memory; a group after the first
    starts with the sum so far, at weight 1, which changes no bit, so neither does the size of a group;
-3. no block looks at another; the squares for the norm are added in lanes, and the blocks' sums in the order of blocks.
+3. no block looks at another; the squares for the norm are added in lanes, and the blocks' sums in the order of blocks;
+4. what the strategy remembers comes from the file of the version that the round starts from, never from memory.
 
 `einsum` does step 2, in plain loops; in large rounds a compiled loop does (kernel.py), and gives the same bits. BLAS would take
 a sixth off NumPy's time, but the order in which it adds depends on the processor that it finds: on one machine, its kernels
@@ -37,19 +38,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.guard import explosion, statistics_spans, within
 from coordinator.kernel import NUM_LANES, Kernel, kernel_for
 from coordinator.models import ModelFile, ModelStore, ModelWriter
+from coordinator.server_state import ServerState, ServerStateError
 from coordinator.spool import RoundSpool, StoredFrame
-from coordinator.strategies.base import Strategy
+from coordinator.strategies.base import Step, Strategy
 from midge.wire.frames import ELEMENT_BYTES, Framing
 
+_Squares = tuple[float, float]
+"""Sums over a block: of all elements, and of those that are learned."""
 _GROUP_ROWS = 20
 _BLOCK_ELEMENTS = 48 * 1024
 _RELEASE_BYTES = 8 * 1024 * 1024
 
 
 class AggregationError(Exception):
-    """These updates do not make a model: none is counted, one is incomplete, or the result is not finite."""
+    """These updates do not make a model: none is counted, one is incomplete, or the result is not finite or far off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +82,13 @@ class Aggregated:
         digest: the model's.
         delta_norm: Euclidean norm of `next - global` over the flat vector.
         num_examples: that it was trained on, the sum over the updates.
+        server_state: digest of what the strategy remembers, in the store too; None where it remembers nothing.
     """
 
     digest: str
     delta_norm: float
     num_examples: int
+    server_state: str | None = None
 
 
 def aggregate(
@@ -92,8 +99,24 @@ def aggregate(
     framing: Framing,
     models: ModelStore,
     num_threads: int = 1,
+    *,
+    round_num: int = 1,
+    server_state: str | None = None,
+    max_step_ratio: float = 0.0,
 ) -> Aggregated:
     """Make the next model of `updates`, in any order, that were trained on `base`, and store it.
+
+    Args:
+        base: the model that the updates were trained on.
+        spool: where their frames are.
+        updates: of different agents.
+        strategy: makes of a mean the next model.
+        framing: of the run.
+        models: where `base` is, and where the next model goes.
+        num_threads: that work at once.
+        round_num: of the next model, from 1.
+        server_state: digest of what the strategy remembers since `base` was made; None before the first round.
+        max_step_ratio: largest norm of the step over that of `base`; 0 for no bound. guard.py says what counts.
 
     Raises:
         AggregationError: they do not make a model; nothing is stored.
@@ -106,11 +129,25 @@ def aggregate(
     weights = _weights(ordered, strategy)
     counters = _largest_counters(ordered, base)
     frames = [_complete(spool, update, framing) for update in ordered]
-    with models.writer(base.layout, counters) as writer:
+    num_examples = sum(update.num_examples for update in ordered)
+    step = Step(round_num, len(ordered), num_examples)
+    try:
+        state = ServerState(strategy, framing.num_elements, models, server_state, round_num)
+    except ServerStateError as error:
+        raise AggregationError(str(error)) from None
+    with state, models.writer(base.layout, counters) as writer:
         kernel = kernel_for(len(frames) * framing.num_elements)
-        fold = Fold(base, spool, frames, weights, strategy, framing, writer, kernel)
+        fold = Fold(base, spool, frames, weights, strategy, framing, writer, state, step, kernel)
         sums = fold.run(num_threads)
-        return Aggregated(writer.commit(), math.sqrt(sum(sums)), sum(update.num_examples for update in ordered))
+        learned = sum(learned for _, learned in sums)
+        reason = explosion(learned, base.elements, statistics_spans(base.layout), max_step_ratio)
+        if reason:
+            raise AggregationError(
+                f"{reason}, after {strategy!r} on {len(ordered)} updates: the model stays as it is; lower the server's or the "
+                "agents' learning rate, or raise max_step_ratio"
+            )
+        after = state.commit()  # first: a model whose state is lost could not go on
+        return Aggregated(writer.commit(), math.sqrt(sum(whole for whole, _ in sums)), num_examples, after)
 
 
 class Fold:
@@ -124,6 +161,8 @@ class Fold:
         strategy: makes of a mean the next model.
         framing: of the run.
         writer: of the next model.
+        state: of the strategy.
+        step: which one is made.
         kernel: does the arithmetic but for the strategy's; None: NumPy does.
     """
 
@@ -136,6 +175,8 @@ class Fold:
         strategy: Strategy,
         framing: Framing,
         writer: ModelWriter,
+        state: ServerState,
+        step: Step,
         kernel: Kernel | None = None,
     ) -> None:
         self._base = base
@@ -146,54 +187,96 @@ class Fold:
         self._writer = writer
         self._kernel = kernel
         self._weights = np.array(weights, np.float64)
+        self._state = state
+        self._step = step
+        self._statistics = statistics_spans(base.layout)
         self._block_elements = min(framing.num_elements, _BLOCK_ELEMENTS)
         self._groups = [
             (first, np.array([1.0, *weights[first : first + _GROUP_ROWS]]))
             for first in range(0, len(frames), _GROUP_ROWS)
         ]
 
-    def run(self, num_threads: int) -> list[float]:
-        """Write every block of the next model; each block's sum of `(next - global)^2`, in order."""
+    def run(self, num_threads: int) -> list[_Squares]:
+        """Write every block of the next model and of the state; each block's sum of `(next - global)^2`, in order."""
         starts = range(0, self._framing.num_elements, self._block_elements)
         num_threads = max(1, min(num_threads, len(starts)))
         if num_threads == 1:
             return self._fold_blocks(starts)
-        sums = [0.0] * len(starts)
+        sums = [(0.0, 0.0)] * len(starts)
         with ThreadPoolExecutor(num_threads, thread_name_prefix="aggregate") as pool:
             shares = [starts[first::num_threads] for first in range(num_threads)]
             for first, share_sums in enumerate(pool.map(self._fold_blocks, shares)):
                 sums[first::num_threads] = share_sums
         return sums
 
-    def _fold_blocks(self, starts: Iterable[int]) -> list[float]:
+    def _fold_blocks(self, starts: Iterable[int]) -> list[_Squares]:
         num_rows = 0 if self._kernel else min(len(self._frames), _GROUP_ROWS) + 1
         rows = np.empty((num_rows, self._block_elements), np.float64)
         mean = np.empty(self._block_elements, np.float64)
+        state = np.empty((self._state.num_vectors, self._block_elements), np.float32)
         sums = []
         resident_bytes = 0
         with np.errstate(all="ignore"):  # what is not finite is found by its sum of squares
             for start in starts:
-                sums.append(self._fold_block(start, rows, mean))
+                sums.append(self._fold_block(start, rows, mean, state))
                 resident_bytes += self._block_elements * ELEMENT_BYTES
                 if resident_bytes >= _RELEASE_BYTES:
                     self._base.release()
+                    self._state.release()
                     resident_bytes = 0
         return sums
 
-    def _fold_block(self, start: int, rows: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
+    def _fold_block(
+        self, start: int, rows: NDArray[np.float64], mean: NDArray[np.float64], state: NDArray[np.float32]
+    ) -> _Squares:
         stop = min(start + self._block_elements, self._framing.num_elements)
         block = mean[: stop - start]
         self._mean(start, rows[:, : stop - start], block)
         global_block = self._base.elements[start:stop]
-        next_block = self._strategy.apply(global_block, block)
+        statistics = within(self._statistics, start, stop)
+        next_block = self._apply(start, global_block, block, state[:, : stop - start], statistics)
         sum_squares = self._settle(next_block, global_block, mean)
-        if not math.isfinite(sum_squares):
+        if not math.isfinite(sum_squares) or not np.isfinite(state[:, : stop - start]).all():
+            what = "server state" if math.isfinite(sum_squares) else "next model"
             raise AggregationError(
-                f"elements {start} to {stop} of the next model are not all finite, after {self._strategy!r} "
+                f"elements {start} to {stop} of the {what} are not all finite, after {self._strategy!r} "
                 f"on {len(self._frames)} updates: nothing is stored; lower the server's or the agents' learning rate"
             )
         self._writer.write(start, next_block)
-        return sum_squares
+        self._state.save(start, state[:, : stop - start])
+        if not statistics:
+            return sum_squares, sum_squares
+        np.subtract(next_block, global_block, out=block, dtype=np.float64)
+        for part in statistics:
+            block[part] = 0
+        return sum_squares, float(np.add.reduce(np.square(block, out=block)))
+
+    def _apply(
+        self,
+        start: int,
+        global_block: NDArray[np.float32],
+        block: NDArray[np.float64],
+        state: NDArray[np.float32],
+        statistics: Sequence[slice],
+    ) -> NDArray[np.float32]:
+        """The strategy's step from `global_block` towards the mean in `block`; `state` becomes the next one's."""
+        averaged = [block[part].astype(np.float32) for part in statistics]
+        if self._strategy.averages_statistics:
+            for part in statistics:
+                block[part] = global_block[part]  # no step: it would make the state of something that it does not move
+        self._state.load(start, state)
+        next_block = self._strategy.apply(global_block, block, list(state), self._step)
+        if next_block.dtype != np.float32 or next_block.shape != global_block.shape:
+            raise AggregationError(
+                f"{self._strategy!r} made {next_block.dtype}{list(next_block.shape)} of a block: "
+                f"expected float32[{len(global_block)}]"
+            )
+        if not next_block.flags.owndata:
+            next_block = next_block.copy()
+        if self._strategy.averages_statistics:
+            for part, means in zip(statistics, averaged, strict=True):
+                next_block[part] = means
+        return next_block
 
     def _settle(
         self, next_block: NDArray[np.float32], global_block: NDArray[np.float32], scratch: NDArray[np.float64]

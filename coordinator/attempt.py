@@ -96,6 +96,7 @@ class Attempt:
         round_machine: new or restored.
         epoch: of this coordinator.
         model_digest: of the version that this round starts from.
+        server_state: of that version, what the strategy remembers.
         framing: the run's.
         gates: the run's.
         accepted: updates of this round that count, of this and earlier attempts; shared with the run.
@@ -109,6 +110,7 @@ class Attempt:
         *,
         epoch: int,
         model_digest: str,
+        server_state: str | None = None,
         framing: Framing,
         gates: Gates,
         accepted: dict[str, ev.AcceptedUpdate],
@@ -119,6 +121,7 @@ class Attempt:
         self.uplink = Uplink(framing)
         self.address = Address(config.run_id, epoch, round_machine.round_num, round_machine.attempt)
         self.model_digest = model_digest
+        self.server_state = server_state
         self.accepted = accepted
         self.tallies = tallies
         self.began_at = self.phase_began_at = round_machine.now
@@ -365,7 +368,8 @@ class Attempt:
                 case rounds.Aggregate(agent_ids):
                     outputs.append(self._phase_ended("collecting", now))
                     updates = tuple(self.accepted[agent_id] for agent_id in agent_ids)
-                    outputs.append(ev.AggregateUpdates(self.round.round_num, self.model_digest, updates))
+                    round_num, base = self.round.round_num, self.model_digest
+                    outputs.append(ev.AggregateUpdates(round_num, base, updates, self.server_state))
                 case rounds.Commit():
                     outputs += [self._phase_ended("aggregating", now), command]
                 case rounds.Abandon():

@@ -37,6 +37,7 @@ class Compute:
         strategy: of the run.
         put: takes `Computed` and `EvaluatorSpoke` into the driver's queue; called from other threads.
         num_threads: that aggregate.
+        max_step_ratio: see `coordinator.aggregate.aggregate`.
         evaluation_deadline_s: the longest evaluation.
     """
 
@@ -50,6 +51,7 @@ class Compute:
         put: Callable[[Computed | EvaluatorSpoke], None],
         *,
         num_threads: int = 1,
+        max_step_ratio: float = 0.0,
         evaluation_deadline_s: float = 600.0,
     ) -> None:
         self.framing: Framing | None = None
@@ -59,6 +61,7 @@ class Compute:
         self._strategy = strategy
         self._put = put
         self._num_threads = num_threads
+        self._max_step_ratio = max_step_ratio
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
         self._evaluator = Evaluator(task, models.path, put, deadline_s=evaluation_deadline_s)
 
@@ -107,14 +110,25 @@ class Compute:
             ]
             spool = self._spool.round(self._run_id, command.round_num)
             with self._models.open(command.base_digest) as base:
-                made = aggregate(base, spool, counted, self._strategy, self.framing, self._models, self._num_threads)
+                made = aggregate(
+                    base,
+                    spool,
+                    counted,
+                    self._strategy,
+                    self.framing,
+                    self._models,
+                    self._num_threads,
+                    round_num=command.round_num,
+                    server_state=command.server_state,
+                    max_step_ratio=self._max_step_ratio,
+                )
         except (AggregationError, ModelError) as error:
             return ev.AggregationBroke(str(error))
         except OSError as error:
             return ev.AggregationBroke(f"the disk failed: {error}")
         except Exception as error:  # noqa: BLE001  a strategy may raise anything; the round is abandoned, the run decides
             return ev.AggregationBroke(f"{type(error).__name__}: {error}")
-        return ev.UpdatesAggregated(made.digest, made.delta_norm)
+        return ev.UpdatesAggregated(made.digest, made.delta_norm, made.server_state)
 
 
 def _logging_errors(work: Callable[[], None]) -> None:

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from coordinator.strategies.base import Strategy, StrategyError
+from coordinator.strategies.registry import make_strategy, options_of
 from midge import settings as sources
 from midge.settings import CommonSettings, Problem, Seconds
 from midge.wire.messages import Labels, Parameters
@@ -60,13 +62,41 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     task_options: Annotated[
         Parameters, Meta(description="What the task alone knows, as `width=32`; sent to agents with each invitation.")
     ] = msgspec.field(default_factory=dict)
-    strategy: Annotated[Literal["fedavg"], Meta(description="How updates become the next model.")] = "fedavg"
+    strategy: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=1000,
+            description="How updates become the next model: a name of docs/strategies.md, or yours as `package.module:object`.",
+        ),
+    ] = "fedavg"
+    strategy_options: Annotated[
+        Parameters, Meta(description="What the strategy alone knows, as `beta1=0.9`; docs/strategies.md has them.")
+    ] = msgspec.field(default_factory=dict)
     weighting: Annotated[
-        Literal["examples", "uniform"], Meta(description="Weight of an update in the mean: its examples, or 1.")
+        Literal["examples", "uniform", "sum"],
+        Meta(description="Weight of an update in the mean: its examples, or 1; or deltas are added up, not averaged."),
     ] = "examples"
     server_learning_rate: Annotated[
-        float, Meta(gt=0, le=1_000_000, description="Factor on the mean delta; 1 takes the mean itself.")
-    ] = 1.0
+        Annotated[float, Meta(gt=0, le=1_000_000)] | None,
+        Meta(
+            description="Factor on the server's step; 1 takes the mean itself.",
+            extra={"default": "the strategy's own, 1 or 0.1"},
+        ),
+    ] = None
+    visit_order: Annotated[
+        tuple[str, ...],
+        Meta(
+            max_length=1000,
+            description="Agents in the order of their turns, with `strategy` cyclic; empty: all, by name.",
+        ),
+    ] = ()
+    max_step_ratio: Annotated[
+        float,
+        Meta(
+            ge=0, le=1e15, description="Largest L2 norm of a step over that of the model; more is refused; 0: no bound."
+        ),
+    ] = 10.0
     norm_bound: Annotated[
         float, Meta(ge=0, le=1e15, description="Largest L2 norm of an acceptable delta; 0: no bound.")
     ] = 0.0
@@ -115,7 +145,12 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     @property
     def needed_updates(self) -> int:
         """The quorum, as a number of updates."""
-        return self.quorum or self.min_agents
+        return 1 if self.in_turn else self.quorum or self.min_agents
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether agents are visited one after the other."""
+        return strategy_of(self).in_turn
 
 
 def load_settings(
@@ -144,6 +179,46 @@ def check(settings: Settings) -> list[Problem]:
         if 0 < settings.cohort < number:
             text = f"is {number}, above cohort ({settings.cohort}): lower it, raise cohort, or let cohort be 0 (every agent)"
             found.append(Problem(key, text, ("cohort",)))
+    return found + _check_strategy(settings)
+
+
+def strategy_of(settings: Settings) -> Strategy:
+    """The strategy that the settings ask for, with its options.
+
+    Raises:
+        StrategyError: there is none; `check` has said so of settings that were loaded.
+    """
+    weighting = None if settings.weighting == "examples" else settings.weighting  # which is every strategy's own
+    rate = settings.server_learning_rate
+    return make_strategy(settings.strategy, settings.strategy_options, server_learning_rate=rate, weighting=weighting)
+
+
+def _check_strategy(settings: Settings) -> list[Problem]:
+    involved = ("strategy", "strategy_options", "weighting", "server_learning_rate")
+    try:
+        strategy = strategy_of(settings)
+    except StrategyError as error:
+        return [Problem(error.key or "strategy_options", error.text if error.key else f"of {error.text}", involved)]
+    found = []
+    if not strategy.in_turn:
+        if settings.visit_order:
+            found.append(
+                Problem("visit_order", f"is given, and strategy {strategy.name} visits nobody in turn", involved)
+            )
+        return found
+    for key in ("cohort", "quorum"):
+        if (number := getattr(settings, key)) > 1:
+            text = f"is {number}, and strategy {strategy.name} visits one agent a round: leave it out"
+            found.append(Problem(key, text, ("strategy",)))
+    for agent_id in settings.visit_order:
+        found += [
+            Problem("visit_order", f"has an id that {one.text}") for one in sources.check_identifier("", agent_id)
+        ]
+    if twice := {one for one in settings.visit_order if settings.visit_order.count(one) > 1}:
+        found.append(Problem("visit_order", f"has {min(twice)} more than once: expected each agent once"))
+    if 0 < len(settings.visit_order) < settings.min_agents:
+        text = f"has {len(settings.visit_order)} agents, below min_agents ({settings.min_agents}): name more, or lower that"
+        found.append(Problem("visit_order", text, ("min_agents",)))
     return found
 
 
@@ -154,7 +229,15 @@ def run_definition(settings: Settings) -> dict[str, Any]:
     """
     # Settings that were made in code may hold 1 for 1.0.
     typed = msgspec.convert(msgspec.structs.asdict(settings), Settings)
-    return {key: getattr(typed, key) for key in _DEFINING} | {"quorum": typed.needed_updates}
+    strategy = strategy_of(typed)
+    definition = {key: getattr(typed, key) for key in _DEFINING} | {"quorum": typed.needed_updates}
+    # A strategy's own defaults count as if they were given, and what says nothing is left out: stored runs lack it.
+    definition["server_learning_rate"] = getattr(strategy, "server_learning_rate", None) or typed.server_learning_rate
+    if options := options_of(strategy, typed.strategy_options):
+        definition["strategy_options"] = options
+    if typed.visit_order:
+        definition["visit_order"] = list(typed.visit_order)
+    return definition
 
 
 def run_fingerprint(settings: Settings) -> str:
@@ -165,7 +248,7 @@ def run_fingerprint(settings: Settings) -> str:
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys in which two run definitions differ; empty where the fingerprints are equal."""
-    return [key for key in ours if ours[key] != theirs.get(key)]
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
 
 
 _DEFINING = (
@@ -184,6 +267,5 @@ _DEFINING = (
     "task_options",
     "strategy",
     "weighting",
-    "server_learning_rate",
     "norm_bound",
 )

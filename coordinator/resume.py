@@ -15,7 +15,7 @@ def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
     """Where the run stands; None where it has no model yet.
 
     Raises:
-        ModelError: the last version's file is missing or damaged.
+        ModelError: the last version's file, or that of its server state, is missing or damaged.
     """
     row = store.run(run_id)
     versions = store.versions(run_id)
@@ -23,6 +23,8 @@ def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
         return None
     last = versions[-1]
     models.verify(last["digest"])
+    if last["server_state"] is not None:
+        models.verify(last["server_state"])
     with models.open(last["digest"]) as model:
         layout = model.layout
     framing = plan_framing(layout.num_elements)
@@ -32,7 +34,7 @@ def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
     unevaluated = [Version(v["round_num"], v["digest"]) for v in versions[-_MAX_UNEVALUATED:] if v["central"] is None]
     best = None if row["best_round"] is None else (row["best_round"], row["best_value"])
     return Resumed(
-        version=Version(last["round_num"], last["digest"]),
+        version=Version(last["round_num"], last["digest"], last["server_state"]),
         layout=layout,
         framing=framing,
         attempt=number,

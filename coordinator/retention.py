@@ -1,4 +1,4 @@
-"""What is kept on disk of a run: its latest models, the best one, and the frames of the round at hand."""
+"""What is kept on disk of a run: its latest models, the best one, the latest server state, the frames of the round at hand."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class Retention:
     def committed(self, run_id: str, round_num: int, best_round: int | None) -> None:
         """A version was committed, or a better one was found."""
         self._spool.prune(run_id, round_num + 1)
+        forgotten = self._store.lone_digest(run_id, round_num - 1, kept_from=round_num, of="server_state")
+        if forgotten is not None:  # whatever goes on from here starts from the version that is stored now
+            self._models.delete(forgotten)
         candidates = {round_num - self._keep}
         if self._best is not None and self._best != best_round and self._best <= round_num - self._keep:
             candidates.add(self._best)

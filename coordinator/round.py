@@ -29,6 +29,9 @@ raises. An event of an agent that is not in the cohort is ignored in every state
 Members of the cohort: INVITED -> ACCEPTED -> REPORTED, or REFUSED, REJECTED (its update failed a gate) or LOST (offline,
 or silent since the invitation; what is reserved for it is released). A lost member that comes back is invited again. For
 one that refused, was rejected or lost, the next agent of the draw is invited.
+
+The draw is random by the run's seed; or, where agents are visited in turn, it is a fixed order that each round begins one
+place later, so that whoever is not there is passed over.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import enum
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.round_events import (
@@ -103,6 +106,8 @@ class RoundConfig:
         selection_deadline_s: wait for `minimum` agents at most this long.
         acceptance_deadline_s: an invited agent that says nothing for so long is lost.
         report_deadline_s: wait for updates at most this long after the first invitation.
+        in_turn: agents are visited one after the other: `target`, `minimum` and `quorum` are 1 then.
+        visit_order: the order; agents that are not in it are never visited. Empty: all, in order of their ids.
     """
 
     target: int = 0
@@ -112,6 +117,8 @@ class RoundConfig:
     selection_deadline_s: float = 60.0
     acceptance_deadline_s: float = 20.0
     report_deadline_s: float = 600.0
+    in_turn: bool = False
+    visit_order: tuple[str, ...] = ()
 
 
 _PEER = (FleetChanged, AgentAccepted, AgentRefused, AgentLost, AgentReturned, CloseRequested, TimePassed)
@@ -139,6 +146,18 @@ def draw_order(agent_ids: Iterable[str], seed: int, round_num: int) -> list[str]
         return hashlib.sha256(f"{seed}/{round_num}/{agent_id}".encode()).digest()
 
     return sorted(agent_ids, key=rank)
+
+
+def visiting_order(agent_ids: Iterable[str], visit_order: Sequence[str], round_num: int) -> list[str]:
+    """Agents in the order in which this round would visit them: the one whose turn it is, then those that follow.
+
+    Round r begins at position (r - 1) mod n of the n agents in `visit_order`, or of `agent_ids` in alphabetical order where
+    that is empty. Of `visit_order`, only those in `agent_ids` are given.
+    """
+    there = set(agent_ids)
+    order = list(visit_order) or sorted(there)
+    first = (round_num - 1) % len(order) if order else 0
+    return [agent_id for agent_id in (*order[first:], *order[:first]) if agent_id in there]
 
 
 @dataclass
@@ -427,9 +446,13 @@ class Round:
             self._invite(agent_id)
         return [Invite(tuple(chosen))]
 
-    def _draw(self, agent_ids: Iterable[str]) -> list[str]:
+    def _draw(self, agent_ids: Collection[str]) -> list[str]:
         """The draw, those that failed earlier attempts last: a silent agent must not stall one attempt after another."""
-        order = draw_order(agent_ids, self.seed, self.round_num)
+        if self.config.in_turn:  # the members keep their places, so that those who follow them follow
+            turns = visiting_order({*agent_ids, *self._members}, self.config.visit_order, self.round_num)
+            order = [agent_id for agent_id in turns if agent_id in agent_ids]
+        else:
+            order = draw_order(agent_ids, self.seed, self.round_num)
         return sorted(order, key=lambda agent_id: self.failures.get(agent_id, 0))
 
     def _num_to_invite(self, num_available: int) -> int:

@@ -116,6 +116,7 @@ class Run:
         self._roll_call_at = -math.inf
         self._heard_by = math.inf
         self._delta_norm = 0.0
+        self._server_state: str | None = None
         self._saved_attempt: _SeenAttempt | None = None
         self._saved_essence: tuple[object, ...] | None = None
         self._saved_run: _SeenRun | None = None
@@ -197,7 +198,7 @@ class Run:
             case RunState.WAITING if self._pause_until < math.inf:
                 return f"attempt {self._num_attempts} failed; trying again in {self._pause_until - self.now:.0f} s"
             case RunState.WAITING if not self._started:
-                there = f"{self.num_available} of {self.config.round.minimum} are there"
+                there = f"{self.num_available} of {self.config.num_to_start} are there"
                 return f"waiting for agents: {there} (at most {max(0.0, self._starts_by - self.now):.0f} s)"
             case RunState.WAITING:
                 return f"waiting for the evaluation of round {min(self.scoring.owed, default=0)}"
@@ -221,6 +222,12 @@ class Run:
     def num_available(self) -> int:
         """How many agents could take part now."""
         return len(self._available())
+
+    @property
+    def num_missing(self) -> int:
+        """How many more agents must be there before the run can go on."""
+        needed = self.config.round.minimum if self._started else self.config.num_to_start
+        return max(0, needed - self.num_available)
 
     @property
     def current_round(self) -> int:
@@ -269,8 +276,9 @@ class Run:
                 self._forget_publication()
             case ev.ModelPublished(round_num):
                 return self._on_published(round_num)
-            case ev.UpdatesAggregated(digest, delta_norm):
+            case ev.UpdatesAggregated(digest, delta_norm, server_state):
                 self._delta_norm = delta_norm
+                self._server_state = server_state
                 return self._to_round(rounds.Aggregated(digest))
             case ev.AggregationBroke(reason):
                 return self._to_round(rounds.AggregationFailed(reason))
@@ -356,6 +364,7 @@ class Run:
             machine,
             epoch=self.epoch,
             model_digest=self.version.digest,
+            server_state=self.version.server_state,
             framing=self.framing,
             gates=self._gates,
             accepted=self.accepted,
@@ -378,10 +387,11 @@ class Run:
             self._delta_norm,
             duration_s,
             machine.attempt,
+            self._server_state,
         )
         commands: list[ev.Command] = [saved, *self.scoring.take_federated(parent, counted)]
         commands += self._close_round("committed", "", num_examples)
-        self.version = Version(machine.round_num, digest)
+        self.version = Version(machine.round_num, digest, self._server_state)
         self.accepted = {}
         self._failures.clear()
         self._num_attempts = 0
@@ -439,7 +449,7 @@ class Run:
     def _settle_start(self) -> None:
         if self._may_fail_to_start() and self.now >= self._starts_by:
             within = f"within {self.config.start_deadline_s:g} s"
-            came = f"{self.num_available} of {self.config.round.minimum} agents came {within}"
+            came = f"{self.num_available} of {self.config.num_to_start} agents came {within}"
             cure = "start more agents, or lower min_agents" if self._connected else "the broker cannot be reached"
             self._end(RunState.FAILED, f"{came}; {cure}")
 
@@ -484,7 +494,7 @@ class Run:
             return RunState.WAITING, []
         if len(self.scoring.owed) > 1 or self._pause_until < math.inf:
             return RunState.WAITING, []
-        if not self._started and self.num_available < self.config.round.minimum:
+        if not self._started and self.num_available < self.config.num_to_start:
             return RunState.WAITING, []
         return RunState.IN_ROUND, self._open_round()
 
@@ -549,7 +559,8 @@ class Run:
         self._publishing_since = None
 
     def _available(self) -> frozenset[str]:
-        return self.fleet.available(self.config.task, self.config.labels)
+        available = self.fleet.available(self.config.task, self.config.labels)
+        return available.intersection(self.config.round.visit_order or available)
 
     def _roll_call_due_at(self) -> float:
         """When to call the roll: soon where agents are wanted, else now and then, since a birth may have been lost."""

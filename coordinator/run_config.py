@@ -23,6 +23,8 @@ class RunConfig:
     round: RoundConfig = field(default_factory=RoundConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
+    min_agents: int = 0
+    """Agents to wait for at the start; 0 for as many as a round needs."""
     start_deadline_s: float = 3600.0
     max_attempts: int = 5
     max_examples: int = 10_000_000
@@ -31,13 +33,19 @@ class RunConfig:
     best_metric: str = "accuracy"
     best_is_max: bool = True
 
+    @property
+    def num_to_start(self) -> int:
+        """How many agents must be there before the first round."""
+        return self.min_agents or self.round.minimum
+
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of the model."""
+    """A version of the model, and the digest of what the strategy remembers with it; None where it remembers nothing."""
 
     round_num: int
     digest: str
+    server_state: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,10 +84,11 @@ class FrameDropped(Struct, frozen=True):
 
 
 class UpdatesAggregated(Struct, frozen=True):
-    """The next version is stored."""
+    """The next version is stored, and what the strategy remembers with it."""
 
     digest: str
     delta_norm: float
+    server_state: str | None = None
 
 
 class AggregationBroke(Struct, frozen=True):
@@ -191,6 +192,8 @@ class AggregateUpdates(Struct, frozen=True):
     round_num: int
     base_digest: str
     updates: tuple[AcceptedUpdate, ...]
+    server_state: str | None = None
+    """Digest of what the strategy remembers since the base was made."""
 
 
 class EvaluateModel(Struct, frozen=True):
@@ -242,6 +245,7 @@ class SaveVersion(Struct, frozen=True):
     delta_norm: float = 0.0
     duration_s: float = 0.0
     attempts: int = 0
+    server_state: str | None = None
 
 
 class SaveEvaluation(Struct, frozen=True):

@@ -22,7 +22,7 @@ from pathlib import Path
 from coordinator import run_events as ev
 from coordinator.board import Board, Shared
 from coordinator.compute import Compute, Computed
-from coordinator.config import Settings, differences, run_definition, run_fingerprint
+from coordinator.config import Settings, differences, run_definition, run_fingerprint, strategy_of
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.http import Heart, HttpServer, make_app
@@ -36,7 +36,7 @@ from coordinator.run import FINAL, Run, RunState
 from coordinator.run_config import RunConfig
 from coordinator.spool import Spool
 from coordinator.store import Store, StoreError
-from coordinator.strategies import make_strategy
+from coordinator.strategies import Strategy
 from coordinator.uplink import FrameFacts
 from midge.eventqueue import EventQueue
 from midge.log import log_event
@@ -174,20 +174,18 @@ class Service:
                 definition=run_definition(settings),
                 rounds=settings.rounds,
             )
-        config = _run_config(run_id, settings)
+        strategy = strategy_of(settings)
+        config = _run_config(run_id, settings, strategy)
         resumed = resume(self.store, self.models, run_id)
         self._compute = Compute(
             run_id,
             settings.task,
             self._spool,
             self.models,
-            make_strategy(
-                settings.strategy,
-                server_learning_rate=settings.server_learning_rate,
-                weighting=settings.weighting,
-            ),
+            strategy,
             self.queue.put,
             num_threads=settings.aggregation_threads,
+            max_step_ratio=settings.max_step_ratio,
             evaluation_deadline_s=settings.evaluation_deadline_s,
         )
         self._run_spool.run_id = run_id
@@ -261,7 +259,7 @@ class Service:
         self.heart.beat()
         self.heart.network_is_stuck = not self._transport.healthy
         run = self._driver.run
-        missing = max(0, run.config.round.minimum - run.num_available) if run else 0
+        missing = run.num_missing if run else 0
         self._watch.look(run.status() if run else self._idle_status, missing, self.queue.size_bytes)
 
     def _dispatch(self, event: _Event, now: float) -> None:
@@ -341,7 +339,8 @@ class Service:
 
     def _show_run(self, config: RunConfig, word: str) -> None:
         settings = self.settings
-        self._watch.begin_run(config.run_id, settings.cohort or settings.min_agents, settings.needed_updates)
+        wanted = config.round.target or settings.min_agents
+        self._watch.begin_run(config.run_id, wanted, config.round.quorum)
         with self.shared.lock:
             board = self.shared.board
             board.run_id, board.task, board.rounds = config.run_id, config.task, config.rounds
@@ -372,7 +371,7 @@ class Service:
                 )
 
     def _show_done(self, run_id: str) -> None:
-        config = _run_config(run_id, self.settings)
+        config = _run_config(run_id, self.settings, strategy_of(self.settings))
         self._show_run(config, "is done")
         with self.shared.lock:
             board = self.shared.board
@@ -435,28 +434,33 @@ class _LateCompute:
         compute.ask(command, now)
 
 
-def _run_config(run_id: str, settings: Settings) -> RunConfig:
+def _run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig:
+    quorum, one = settings.needed_updates, strategy.in_turn
+    training = TrainingConfig(
+        local_epochs=settings.local_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        extra=dict(settings.task_options),
+    )
     return RunConfig(
         run_id=run_id,
         task=settings.task,
         rounds=settings.rounds,
         seed=settings.seed,
         round=RoundConfig(
-            target=settings.cohort,
-            minimum=max(settings.min_agents, settings.needed_updates),
-            quorum=settings.needed_updates,
-            over_select=settings.over_select,
+            target=1 if one else settings.cohort,
+            minimum=1 if one else max(settings.min_agents, quorum),
+            quorum=1 if one else quorum,
+            over_select=1.0 if one else settings.over_select,
             selection_deadline_s=settings.selection_deadline_s,
             acceptance_deadline_s=settings.acceptance_deadline_s,
             report_deadline_s=settings.round_deadline_s,
+            in_turn=one,
+            visit_order=settings.visit_order,
         ),
-        training=TrainingConfig(
-            local_epochs=settings.local_epochs,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            momentum=settings.momentum,
-            extra=dict(settings.task_options),
-        ),
+        training=strategy.training(training),
+        min_agents=max(settings.min_agents, quorum),
         labels=dict(settings.select),
         start_deadline_s=settings.start_deadline_s,
         max_attempts=settings.max_attempts,

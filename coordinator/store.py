@@ -7,7 +7,7 @@ durability costs one sync a turn and not one a message. `synchronous=FULL`: what
 Tables
     meta       schema version; the epoch, raised and committed at every start before anything else is done
     runs       one row a run: its configuration, state, where it stands, the best version
-    versions   one row a committed version: digest, parent, what it was made of, how it does
+    versions   one row a committed version: digest, parent, what it was made of, how it does, the strategy's state
     attempts   one row an attempt at a round: state, and each member's
     updates    one row an accepted update, of the current round and of the last hundred
     tallies    one row per (run, outcome, reason): how many updates met that fate
@@ -32,7 +32,9 @@ from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
 from midge.wire.messages import Evaluation
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_MIGRATIONS = {1: "ALTER TABLE versions ADD COLUMN server_state VARCHAR"}
+"""From each earlier schema to the next one. What they add can be missing in a row, so that a reader need not migrate."""
 DATABASE = "midge.db"
 KEPT_ROUNDS = 100
 """Accepted updates are remembered for this many rounds; versions for ever."""
@@ -75,6 +77,7 @@ _versions = sa.Table(
     sa.Column("central", sa.String),
     sa.Column("federated", sa.String),
     sa.Column("created_at", sa.String, nullable=False),
+    sa.Column("server_state", sa.String),
 )
 _attempts = sa.Table(
     "attempts",
@@ -154,6 +157,7 @@ class Store:
 
     def __init__(self, state_dir: Path, *, read_only: bool = False) -> None:
         self.path = state_dir / DATABASE
+        self._lacking: tuple[str, ...] = ()
         if read_only and not self.path.exists():
             raise StoreError(f"{state_dir} holds no {DATABASE}: no coordinator has run there; check --state-dir")
         if not read_only:
@@ -274,19 +278,29 @@ class Store:
 
     def versions(self, run_id: str) -> list[dict[str, Any]]:
         """The versions of a run, in order; `central` and `federated` are scores or None."""
-        rows = self._rows(sa.select(_versions).where(_versions.c.run_id == run_id).order_by(_versions.c.round_num))
+        columns = [column for column in _versions.c if column.name not in self._lacking]
+        rows = self._rows(sa.select(*columns).where(_versions.c.run_id == run_id).order_by(_versions.c.round_num))
         for row in rows:
+            row.update(dict.fromkeys(self._lacking))
             for source in ("central", "federated"):
                 row[source] = None if row[source] is None else msgspec.json.decode(row[source], type=Evaluation)
         return rows
 
-    def lone_digest(self, run_id: str, round_num: int, *, kept_from: int) -> str | None:
-        """The digest of a version that no kept version shares: none of other runs, and none of this from `kept_from` on."""
-        query = sa.select(_versions.c.digest).where(_versions.c.run_id == run_id, _versions.c.round_num == round_num)
+    def lone_digest(self, run_id: str, round_num: int, *, kept_from: int, of: str = "digest") -> str | None:
+        """The digest of a version that no kept version shares: none of other runs, and none of this from `kept_from` on.
+
+        Args:
+            run_id: of the version.
+            round_num: of the version.
+            kept_from: the first of its run that is kept.
+            of: "digest", the model's, or "server_state".
+        """
+        column = _versions.c[of]
+        query = sa.select(column).where(_versions.c.run_id == run_id, _versions.c.round_num == round_num)
         with self._engine.connect() as connection:
             digest: str | None = connection.execute(query).scalar()
             others = sa.or_(_versions.c.run_id != run_id, _versions.c.round_num >= kept_from)
-            shared = sa.select(sa.func.count()).where(_versions.c.digest == digest, others)
+            shared = sa.select(sa.func.count()).where(column == digest, others)
             return digest if digest is not None and not connection.execute(shared).scalar() else None
 
     def last_attempt(self, run_id: str, round_num: int) -> tuple[int, RoundState, dict[str, MemberState]] | None:
@@ -330,11 +344,23 @@ class Store:
             seen = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "schema")).scalar()
             if seen is None and not read_only:
                 connection.execute(_meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))
+            elif seen is not None and seen.isdecimal() and int(seen) in _MIGRATIONS:
+                self._bring_up(connection, int(seen), read_only=read_only)
             elif seen != str(SCHEMA_VERSION):
                 raise StoreError(
                     f"{self.path} has schema {seen}, this Midge reads {SCHEMA_VERSION}: use the Midge that wrote it, "
                     "or choose another state_dir"
                 )
+
+    def _bring_up(self, connection: sa.Connection, seen: int, *, read_only: bool) -> None:
+        """Add what a database of an earlier Midge lacks; where only to be read, do without."""
+        if read_only:
+            self._lacking = ("server_state",)
+            return
+        # The number first: it opens the transaction, which the driver does not do for what alters a table.
+        connection.execute(_meta.update().where(_meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
+        for version in range(seen, SCHEMA_VERSION):
+            connection.execute(sa.text(_MIGRATIONS[version]))
 
 
 def _configure(connection: Any, record: object) -> None:  # noqa: ARG001

@@ -93,6 +93,12 @@ class Worker:
                 raise _CancelledError
             report(msg.Progressed(request=request.request, fraction=min(1.0, max(0.0, float(fraction)))))
 
+        if request.training.proximal_mu and not getattr(task, "supports_proximal", False):
+            raise TaskError(
+                f"task {task.name} does not say that it trains with a proximal term (strategy fedprox, mu = "
+                f"{request.training.proximal_mu:g}): add it to the loss as TrainSpec.proximal_mu has it, and set "
+                "supports_proximal = True on the task; or choose another strategy"
+            )
         progress(0.0)
         began = time.monotonic()
         score = task.evaluate(state, data)
@@ -101,6 +107,7 @@ class Worker:
             batch_size=request.training.batch_size,
             learning_rate=request.training.learning_rate,
             momentum=request.training.momentum,
+            proximal_mu=request.training.proximal_mu,
             seed=seed_of(request.run_seed, request.round_num, self._setup.agent_id),
             extra=request.training.extra,
         )

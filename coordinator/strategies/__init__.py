@@ -1,28 +1,35 @@
-"""Strategies by name. A new one is a file here with a frozen dataclass, and a line in the table below."""
+"""Strategies: how the updates of a round become the next model. docs/strategies.md has them side by side.
+
+Files
+base         what a strategy is
+fedavg       FedAvg and FedProx
+fedopt       FedAvgM, FedAdagrad, FedAdam, FedYogi
+cyclic       one agent at a time
+registry     strategies by name, yours too
+conformance  what every strategy must hold to, as a check that you can run on yours
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from coordinator.strategies.base import Averaging, Step, Strategy, StrategyError, require
+from coordinator.strategies.cyclic import Cyclic
+from coordinator.strategies.fedavg import FedAvg, FedProx
+from coordinator.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from coordinator.strategies.registry import STRATEGIES, make_strategy
 
-from coordinator.strategies.base import Strategy, StrategyError
-from coordinator.strategies.fedavg import FedAvg
-
-__all__ = ["STRATEGIES", "FedAvg", "Strategy", "StrategyError", "make_strategy"]
-
-STRATEGIES: dict[str, type[FedAvg]] = {"fedavg": FedAvg}
-
-
-def make_strategy(name: str, **options: Any) -> Strategy:
-    """The strategy of this name, with its options as its class documents them.
-
-    Raises:
-        StrategyError: there is none of this name, or it has no such option, or an option is out of its range.
-    """
-    if name not in STRATEGIES:
-        raise StrategyError(f"strategy {name!r}: expected one of {', '.join(sorted(STRATEGIES))}")
-    known = {field.name for field in dataclasses.fields(STRATEGIES[name])}
-    for option in options:
-        if option not in known:
-            raise StrategyError(f"strategy {name} has no option {option!r}: expected any of {', '.join(sorted(known))}")
-    return STRATEGIES[name](**options)
+__all__ = [
+    "STRATEGIES",
+    "Averaging",
+    "Cyclic",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedProx",
+    "FedYogi",
+    "Step",
+    "Strategy",
+    "StrategyError",
+    "make_strategy",
+    "require",
+]

@@ -1,38 +1,166 @@
-"""What a strategy is: how much each update weighs, and how the global model moves towards their mean.
+"""What a strategy is: how much each update weighs, how the global model moves, and what it remembers from round to round.
 
 A strategy sees one block of elements at a time, never a whole model, so that memory does not depend on the model's size and
-blocks are folded in parallel. It is therefore elementwise: block i of the next model depends on block i alone.
+blocks are folded in parallel. It is therefore elementwise: element i of the next model depends on element i alone, of the
+global model, of the mean and of the state.
+
+**State.** What a strategy remembers (a momentum, say) are float32 vectors of the model's length, one for each of its
+`state_names`. They belong to a version of the model: they are stored with it, and handed to the round that starts from it. A
+strategy itself remembers nothing, so a restart, a second attempt or another number of threads changes no bit.
+
+docs/strategies.md shows how to write one; `coordinator.strategies.conformance` checks it.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from midge.wire.messages import TrainingConfig
+
+Weighting = Literal["examples", "uniform", "sum"]
+
 
 class StrategyError(ValueError):
-    """A strategy that does not exist was named, or one was given an option that it does not take."""
+    """A strategy that does not exist was named, or one was given an option that it does not take.
+
+    Args:
+        text: what was seen and what was expected; it follows `key`, where there is one.
+        key: the setting to complain about; empty where a strategy complains of an option.
+    """
+
+    def __init__(self, text: str, key: str = "") -> None:
+        self.text = text
+        self.key = key
+        super().__init__(f"{key} {text}" if key else text)
 
 
-class Strategy(Protocol):
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Which step is being made.
+
+    Attributes:
+        round_num: of the version in the making, from 1.
+        num_updates: how many updates the mean is of, at least 1.
+        num_examples: that they were trained on, the sum.
+    """
+
+    round_num: int
+    num_updates: int
+    num_examples: int
+
+
+class Strategy(ABC):
     """How the updates of a round become the next model. Several threads use one at once: it must not change."""
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """The vectors that it remembers, in the order in which `apply` is given them."""
+    in_turn: ClassVar[bool] = False
+    """Whether it visits one agent a round, each from the last one's model, and not a cohort."""
+    averages_statistics: ClassVar[bool] = False
+    """Whether running statistics of normalisation layers are plainly averaged, and no step is made of them: a variance that an
+    optimiser moves may fall below zero."""
 
     @property
     def name(self) -> str:
-        """What the configuration and tables call it."""
+        """What tables call it: its class's name in small letters, unless it says otherwise."""
+        return type(self).__name__.lower()
 
     def weight(self, num_examples: int) -> float:
         """How much an update trained on so many examples weighs, relative to the others; at least 0."""
+        return float(num_examples)
 
-    def apply(self, global_block: NDArray[np.float32], mean_block: NDArray[np.float64]) -> NDArray[np.float32]:
+    def initial_state(self) -> tuple[float, ...]:
+        """What each vector of the state is filled with before the first round, in the order of `state_names`."""
+        return (0.0,) * len(self.state_names)
+
+    def training(self, config: TrainingConfig) -> TrainingConfig:
+        """What agents are told, made of what the settings say."""
+        return config
+
+    @abstractmethod
+    def apply(
+        self,
+        global_block: NDArray[np.float32],
+        mean_block: NDArray[np.float64],
+        state_blocks: Sequence[NDArray[np.float32]],
+        step: Step,
+    ) -> NDArray[np.float32]:
         """The next model's elements.
 
         Args:
             global_block: float32[n], of the model that was trained from; read-only.
             mean_block: float64[n], the weighted mean of what the agents had after training; it may be overwritten.
+            state_blocks: float32[n] for each of `state_names`; to be overwritten with what the next round is given.
+            step: which one this is.
 
         Returns:
             float32[n], a new array, contiguous: it is written to.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging(Strategy):
+    """What the strategies that step along a mean of deltas share: the weights, and a server learning rate.
+
+    Attributes:
+        server_learning_rate: factor on the step, above 0.
+        weighting: "examples", an update weighs as many examples as it was trained on; "uniform", all weigh the same; "sum",
+            all weigh the same, and their deltas are added up, not averaged.
+
+    Raises:
+        StrategyError: an option is out of its range.
+    """
+
+    server_learning_rate: float = 1.0
+    weighting: Weighting = "examples"
+
+    def __post_init__(self) -> None:
+        require(self, "server_learning_rate", above=0)
+        if self.weighting not in get_args(Weighting):
+            expected = "'examples', 'uniform' or 'sum'"
+            raise StrategyError(f"{self.name}: weighting is {self.weighting!r}: expected {expected}")
+
+    def weight(self, num_examples: int) -> float:
+        """`num_examples`, or 1 where all weigh the same."""
+        return float(num_examples) if self.weighting == "examples" else 1.0
+
+    def delta(
+        self, global_block: NDArray[np.float32], mean_block: NDArray[np.float64], step: Step
+    ) -> NDArray[np.float64]:
+        """The mean of the deltas, `local - global`, or their sum, in place of `mean_block`.
+
+        Papers call it the pseudo-gradient; here it points downhill, to be added.
+        """
+        np.subtract(mean_block, global_block, out=mean_block)
+        if self.weighting == "sum":
+            np.multiply(mean_block, step.num_updates, out=mean_block)
+        return mean_block
+
+
+def require(
+    strategy: Strategy,
+    option: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Check that an option is a finite number within these limits.
+
+    Raises:
+        StrategyError: it is not; the message says what was expected.
+    """
+    value = getattr(strategy, option)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and above < value < below and value >= at_least:
+        return
+    limits = (("above", above), ("of at least", at_least), ("below", below))
+    words = " and ".join(f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit))
+    raise StrategyError(f"{strategy.name}: {option} is {value!r}: expected a finite number {words}")

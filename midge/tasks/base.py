@@ -55,6 +55,9 @@ class TrainSpec:
         batch_size: examples in a batch; 0 for all of them at once.
         learning_rate: step size.
         momentum: of the local optimiser, 0 to below 1.
+        proximal_mu: weight of the term `mu / 2 * ||w - w_global||^2` that is added to the loss, where w_global is the state to
+            train from; 0 for none. A task that adds it has an attribute `supports_proximal = True`; the agent refuses to train
+            any other with one.
         seed: of every random choice; from (run seed, round, agent), so the same round trained again gives the same bits.
         extra: what the task alone knows.
     """
@@ -63,6 +66,7 @@ class TrainSpec:
     batch_size: int = 0
     learning_rate: float = 0.1
     momentum: float = 0.0
+    proximal_mu: float = 0.0
     seed: int = 0
     extra: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 

@@ -14,7 +14,9 @@
 **What a training is**, so that it can be repeated elsewhere bit for bit (on one thread): a generator is seeded with
 `TrainSpec.seed`; each epoch takes one `torch.randperm(num_examples, generator=generator)` and cuts it into batches, the
 last of which may be smaller; each batch is one step of SGD, `v = momentum · v + gradient; w = w - learning_rate · v`,
-with v zero at the start of every training. torch's global generator, which dropout draws from, starts from the same seed.
+with v zero at the start of every training. With a proximal term, each parameter's gradient is
+`gradient + mu · (w - w_global)`, that of `loss + mu / 2 · ||w - w_global||²`; the metric `loss` is without it. torch's
+global generator, which dropout draws from, starts from the same seed.
 
 **What travels** is every entry of the state dictionary, as arrays. Integer buffers keep their type. bfloat16, which NumPy
 does not have, becomes float32 and is rounded back on loading.
@@ -108,11 +110,29 @@ class Sgd:
             parameter.add_(direction, alpha=-self._learning_rate)
 
 
+class _Proximal:
+    """The gradient of `mu / 2 * ||w - w_global||^2`, where w_global are the parameters when it is made."""
+
+    def __init__(self, model: nn.Module, mu: float) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if mu else []
+        self._mu = mu
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add it to the gradients of this batch. A parameter without one stays as it is."""
+        for parameter, start in self._pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_((parameter - start).mul_(self._mu))
+
+
 class TorchTask(ABC):
     """A task with a torch model, trained on the CPU. Implements `midge.tasks.base.Task`."""
 
     name: ClassVar[str]
     """What messages and tables call it."""
+    supports_proximal: ClassVar[bool] = True
+    """Whether `train` adds the proximal term that `TrainSpec.proximal_mu` asks for; one that overrides it says so anew."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -167,6 +187,7 @@ class TorchTask(ABC):
         num_examples = self.num_examples(data)
         model = self._loaded(state).train()
         optimizer = self.make_optimizer(model, spec)
+        proximal = _Proximal(model, spec.proximal_mu)
         tell = _Paced(progress)
         order = torch.Generator().manual_seed(spec.seed)
         loss = 0.0
@@ -179,6 +200,7 @@ class TorchTask(ABC):
                     optimizer.zero_grad()
                     batch_loss = self.loss(model(inputs), targets)
                     torch.autograd.backward(batch_loss)
+                    proximal.add()
                     optimizer.step()
                     loss += batch_loss.item() * len(targets) / num_examples
                     tell((epoch + num_done / len(batches)) / spec.local_epochs)

@@ -136,6 +136,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Examples in a batch; 0 for all of them at once."""
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 0.1
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    proximal_mu: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
+    """Weight of `mu / 2 * ||w - w_global||^2` in the loss; 0 for none."""
     extra: Parameters = {}
     """What the task alone knows."""
 

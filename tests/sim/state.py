@@ -75,7 +75,7 @@ class MemoryStore:
             case ev.SaveUpdate(round_num, update):
                 self.update_rows[round_num, update.agent_id] = update
             case ev.SaveVersion():
-                row = {"round_num": save.round_num, "digest": save.digest, "parent": save.parent}
+                row = {"round_num": save.round_num, "digest": save.digest, "parent": save.parent, "server_state": None}
                 self.version_rows.append(row | {"central": None, "federated": None})
                 if save.round_num % PRUNED_EVERY == 0:
                     self._prune(save.round_num - KEPT_ROUNDS + 1)
@@ -106,9 +106,9 @@ class MemoryStore:
     def tallies(self, run_id: str) -> dict[tuple[str, str], int]:
         return dict(self.tally_rows)
 
-    def lone_digest(self, run_id: str, round_num: int, *, kept_from: int) -> str | None:
-        digest = self.version_rows[round_num]["digest"] if 0 <= round_num < len(self.version_rows) else None
-        shared = any(row["digest"] == digest for row in self.version_rows[max(0, kept_from) :])
+    def lone_digest(self, run_id: str, round_num: int, *, kept_from: int, of: str = "digest") -> str | None:
+        digest = self.version_rows[round_num][of] if 0 <= round_num < len(self.version_rows) else None
+        shared = any(row[of] == digest for row in self.version_rows[max(0, kept_from) :])
         return None if shared else digest
 
 

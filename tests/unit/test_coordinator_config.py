@@ -27,7 +27,11 @@ DEFINING = {
     "weighting": "uniform",
     "server_learning_rate": 0.5,
     "norm_bound": 1.0,
+    "strategy": "fedprox",
+    "visit_order": ("bob", "alice"),
 }
+SILENT = {"strategy_options", "visit_order"}
+"""Defining fields that are left out of a definition where they say nothing."""
 WORKING = {
     "broker": "mqtt://elsewhere",
     "federation": "other",
@@ -45,6 +49,7 @@ WORKING = {
     "acceptance_deadline_s": 1.0,
     "round_deadline_s": 1.0,
     "max_attempts": 1,
+    "max_step_ratio": 0.0,
     "evaluate": False,
     "evaluation_deadline_s": 1.0,
     "best_metric": "loss",
@@ -73,7 +78,8 @@ def test_the_names_and_defaults_that_scripts_rely_on():
         "local_epochs": 1,
         "batch_size": 10,
         "learning_rate": 0.1,
-        "server_learning_rate": 1.0,
+        "strategy": "fedavg",
+        "server_learning_rate": None,
         "state_dir": "midge-state",
         "http_host": "127.0.0.1",
         "http_port": 8080,
@@ -120,7 +126,48 @@ def test_the_variable_that_names_the_file_is_no_setting():
         (["http_port=65536"], "--set http_port: http_port is '65536': expected a whole number, 0 to 65535"),
         (["task="], "--set task: task is '': expected text, 1 to 200 characters"),
         (["over_select=0.9"], "--set over_select: over_select is '0.9': expected a number, 1 to 10"),
-        (["strategy=fedprox"], "--set strategy: strategy is 'fedprox': expected fedavg"),
+        (
+            ["strategy=fedadm"],
+            "--set strategy: strategy is 'fedadm': not known. Did you mean 'fedadam'? Known are cyclic, fedadagrad, fedadam, "
+            "fedavg, fedavgm, fedprox, fedyogi; yours is named as package.module:object or path/to/file.py:object",
+        ),
+        (
+            ["strategy=fedadam", "strategy_options=beta_1=0.9"],
+            "--set strategy_options: strategy_options has 'beta_1': fedadam has no such option. Did you mean 'beta1'? "
+            "Its options are beta1, tau, beta2",
+        ),
+        (
+            ["strategy=fedadam", "strategy_options=beta1=1"],
+            "--set strategy_options: strategy_options of fedadam: beta1 is 1: expected a finite number of at least 0 and below 1",
+        ),
+        (
+            ["strategy_options=server_learning_rate=0.5"],
+            "--set strategy_options: strategy_options has server_learning_rate: give it as the setting server_learning_rate",
+        ),
+        (
+            ["strategy=cyclic", "server_learning_rate=0.5"],
+            "--set server_learning_rate: server_learning_rate is 0.5, and strategy cyclic has none: leave it out",
+        ),
+        (
+            ["strategy=cyclic", "weighting=sum"],
+            "--set weighting: weighting is 'sum', and strategy cyclic has none: leave it out",
+        ),
+        (
+            ["strategy=cyclic", "cohort=5"],
+            "--set cohort: cohort is 5, and strategy cyclic visits one agent a round: leave it out",
+        ),
+        (
+            ["strategy=cyclic", "visit_order=bob,alice,bob"],
+            "--set visit_order: visit_order has bob more than once: expected each agent once",
+        ),
+        (
+            ["strategy=cyclic", "visit_order=bob"],
+            "--set visit_order: visit_order has 1 agents, below min_agents (2): name more, or lower that",
+        ),
+        (
+            ["visit_order=bob,alice"],
+            "--set visit_order: visit_order is given, and strategy fedavg visits nobody in turn",
+        ),
         (["num_rounds=3"], "--set num_rounds: unknown setting num_rounds: did you mean rounds?"),
     ],
 )
@@ -145,8 +192,8 @@ def test_the_quorum_is_the_least_agents_where_it_is_not_given():
 
 
 def test_every_field_either_defines_a_run_or_does_not_and_this_file_says_which():
-    assert {*DEFINING, "strategy"} | WORKING.keys() == set(Settings.__struct_fields__)
-    assert set(run_definition(Settings())) == {*DEFINING, "strategy"}
+    assert DEFINING.keys() | WORKING.keys() | SILENT == set(Settings.__struct_fields__)
+    assert set(run_definition(Settings())) == DEFINING.keys() - SILENT
 
 
 @pytest.mark.parametrize("key", DEFINING)
@@ -154,7 +201,8 @@ def test_another_value_of_a_defining_field_is_another_run(key):
     other = Settings(**{key: DEFINING[key]})
     found = differences(run_definition(Settings()), run_definition(other))
     # The quorum stands for as many updates as min_agents where it is not given, so it differs with it.
-    assert found == (["quorum", "min_agents"] if key == "min_agents" else [key])
+    with_it = {"min_agents": ["quorum", "min_agents"], "strategy": ["strategy", "strategy_options"]}
+    assert found == with_it.get(key, [key])
     assert run_fingerprint(Settings()) != run_fingerprint(other)
 
 
@@ -171,10 +219,29 @@ def test_two_ways_to_say_one_run_have_one_fingerprint():
         (Settings(), Settings(quorum=2)),
         (Settings(learning_rate=1.0), Settings(learning_rate=1)),
         (Settings(select={"a": "1", "b": "2"}), Settings(select={"b": "2", "a": "1"})),
+        (Settings(), Settings(server_learning_rate=1.0)),
+        (Settings(strategy="fedyogi"), Settings(strategy="fedyogi", server_learning_rate=0.1)),
+        (Settings(strategy="fedadam"), Settings(strategy="fedadam", strategy_options={"beta1": 0.9, "tau": 1e-3})),
+        (
+            Settings(strategy="fedprox", strategy_options={"mu": 1}),
+            Settings(strategy="fedprox", strategy_options={"mu": 1.0}),
+        ),
+        (Settings(strategy="cyclic", min_agents=3), Settings(strategy="cyclic", min_agents=3, quorum=1)),
     ]
     for one, other in same:
         assert run_fingerprint(one) == run_fingerprint(other)
         assert differences(run_definition(one), run_definition(other)) == []
+
+
+def test_an_option_of_a_strategy_defines_a_run_also_where_it_is_the_default():
+    assert run_definition(Settings(strategy="fedadam"))["strategy_options"] == {
+        "beta1": 0.9,
+        "tau": 1e-3,
+        "beta2": 0.99,
+    }
+    other = Settings(strategy="fedadam", strategy_options={"tau": 0.01})
+    found = differences(run_definition(Settings(strategy="fedadam")), run_definition(other))
+    assert found == ["strategy_options"]
 
 
 def test_a_fingerprint_stays_what_it_was_since_stored_runs_carry_it():

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from coordinator.strategies import FedAvg, StrategyError, make_strategy
+from coordinator.strategies import FedAvg, Step, StrategyError, make_strategy
+
+STEP = Step(1, 2, 10)
 
 
 def f32(*values: float):
@@ -16,25 +18,25 @@ def f64(*values: float):
 
 def test_the_mean_itself_is_the_next_model_at_server_learning_rate_1():
     # 1 + 2^-30 is no float32: it rounds to 1.
-    after = FedAvg().apply(f32(5, 5), f64(0.25, 1 + 2**-30))
+    after = FedAvg().apply(f32(5, 5), f64(0.25, 1 + 2**-30), (), STEP)
     assert after.dtype == np.float32
     assert after.tolist() == [0.25, 1.0]
 
 
 def test_a_server_learning_rate_scales_the_step_from_global_to_mean():
     # 1 + 0.5 * (3 - 1) = 2;  -4 + 0.5 * (4 - -4) = 0
-    assert FedAvg(server_learning_rate=0.5).apply(f32(1, -4), f64(3, 4)).tolist() == [2.0, 0.0]
+    assert FedAvg(server_learning_rate=0.5).apply(f32(1, -4), f64(3, 4), (), STEP).tolist() == [2.0, 0.0]
 
 
 def test_a_server_learning_rate_above_1_goes_beyond_the_mean():
     # 1 + 2 * (3 - 1) = 5
-    assert FedAvg(server_learning_rate=2).apply(f32(1), f64(3)).tolist() == [5.0]
+    assert FedAvg(server_learning_rate=2).apply(f32(1), f64(3), (), STEP).tolist() == [5.0]
 
 
 def test_the_global_block_is_left_alone():
     before = f32(1, -4)
     before.flags.writeable = False
-    FedAvg(server_learning_rate=0.5).apply(before, f64(3, 4))
+    FedAvg(server_learning_rate=0.5).apply(before, f64(3, 4), (), STEP)
     assert before.tolist() == [1, -4]
 
 
@@ -54,7 +56,7 @@ def test_a_server_learning_rate_that_is_no_positive_number_is_refused(rate):
 
 
 def test_an_unknown_weighting_is_refused():
-    with pytest.raises(StrategyError, match="weighting is 'votes': expected 'examples' or 'uniform'"):
+    with pytest.raises(StrategyError, match="weighting is 'votes': expected 'examples', 'uniform' or 'sum'"):
         make_strategy("fedavg", weighting="votes")
 
 
@@ -65,10 +67,12 @@ def test_a_strategy_is_made_by_name_with_its_options():
 
 
 def test_an_unknown_strategy_is_refused_with_those_that_exist():
-    with pytest.raises(StrategyError, match="strategy 'fedmagic': expected one of fedavg"):
-        make_strategy("fedmagic")
+    with pytest.raises(
+        StrategyError, match="strategy is 'magic': not known. Known are cyclic, fedadagrad, fedadam, fedavg"
+    ):
+        make_strategy("magic")
 
 
 def test_an_unknown_option_is_refused_with_those_that_exist():
-    with pytest.raises(StrategyError, match="no option 'momentum': expected any of server_learning_rate, weighting"):
-        make_strategy("fedavg", momentum=0.9)
+    with pytest.raises(StrategyError, match="has 'momentum': fedavg has no such option. It has none"):
+        make_strategy("fedavg", {"momentum": 0.9})
