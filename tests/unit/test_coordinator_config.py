@@ -32,6 +32,14 @@ DEFINING = {
 }
 SILENT = {"strategy_options", "visit_order"}
 """Defining fields that are left out of a definition where they say nothing."""
+UNKNOWN_STRATEGY = (
+    "--set strategy: strategy is 'fedadm': not known. Did you mean 'fedadam'? Known are cyclic, fedadagrad, fedadam, fedavg, "
+    "fedavgm, fedprox, fedyogi; yours is named as package.module:object or path/to/file.py:object"
+)
+UNKNOWN_OPTION = (
+    "--set strategy_options: strategy_options has 'beta_1': fedadam has no such option. Did you mean 'beta1'? "
+    "Its options are beta1, tau, beta2"
+)
 WORKING = {
     "broker": "mqtt://elsewhere",
     "federation": "other",
@@ -128,17 +136,15 @@ def test_the_variable_that_names_the_file_is_no_setting():
         (["over_select=0.9"], "--set over_select: over_select is '0.9': expected a number, 1 to 10"),
         (
             ["strategy=fedadm"],
-            "--set strategy: strategy is 'fedadm': not known. Did you mean 'fedadam'? Known are cyclic, fedadagrad, fedadam, "
-            "fedavg, fedavgm, fedprox, fedyogi; yours is named as package.module:object or path/to/file.py:object",
+            UNKNOWN_STRATEGY,
         ),
         (
-            ["strategy=fedadam", "strategy_options=beta_1=0.9"],
-            "--set strategy_options: strategy_options has 'beta_1': fedadam has no such option. Did you mean 'beta1'? "
-            "Its options are beta1, tau, beta2",
+            ["strategy=fedadam", "strategy_options=beta_1=1"],
+            UNKNOWN_OPTION,
         ),
         (
-            ["strategy=fedadam", "strategy_options=beta1=1"],
-            "--set strategy_options: strategy_options of fedadam: beta1 is 1: expected a finite number of at least 0 and below 1",
+            ["strategy=fedadam", "strategy_options=tau=0"],
+            "--set strategy_options: strategy_options of fedadam: tau is 0: expected a finite number above 0",
         ),
         (
             ["strategy_options=server_learning_rate=0.5"],

@@ -68,11 +68,11 @@ def test_a_strategy_is_made_by_name_with_its_options():
 
 def test_an_unknown_strategy_is_refused_with_those_that_exist():
     with pytest.raises(
-        StrategyError, match="strategy is 'magic': not known. Known are cyclic, fedadagrad, fedadam, fedavg"
+        StrategyError, match=r"strategy is 'magic': not known\. Known are cyclic, fedadagrad, fedadam, fedavg"
     ):
         make_strategy("magic")
 
 
 def test_an_unknown_option_is_refused_with_those_that_exist():
-    with pytest.raises(StrategyError, match="has 'momentum': fedavg has no such option. It has none"):
+    with pytest.raises(StrategyError, match=r"has 'momentum': fedavg has no such option\. It has none"):
         make_strategy("fedavg", {"momentum": 0.9})
