@@ -148,3 +148,15 @@ def test_whatever_was_saved_last_a_machine_resumes_with_every_accepted_update(di
         assert again.run.attempt is not None
         assert again.run.attempt.round.members.keys() == talk.run.attempt.round.members.keys()
     assert set(talk.run.accepted) == {"a", "b"}
+
+
+def test_the_server_state_of_the_last_version_comes_back_with_it(disk):
+    made = disk.models.save_state({"w": np.ones(10, np.float32)})
+    state = disk.models.save_state({"v": np.full(10, 0.5, np.float32)})
+    disk.version(0)
+    disk.store.save(disk.run_id, [ev.SaveVersion(1, made, None, server_state=state)])
+    assert disk.resumed().version == Version(1, made, state)
+    path = disk.models.path / f"{state}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ModelError, match=state):
+        disk.resumed()

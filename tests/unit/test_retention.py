@@ -31,11 +31,19 @@ class Disk:
     def new_run(self) -> str:
         return self.store.create_run(federation="lab", task="digits", fingerprint="f", definition={}, rounds=9)
 
-    def commit(self, round_num: int, best: int | None = None, value: float | None = None, run_id: str = "") -> str:
+    def commit(
+        self,
+        round_num: int,
+        best: int | None = None,
+        value: float | None = None,
+        run_id: str = "",
+        memory: float | None = None,
+    ) -> str:
         """Commit a version whose weight is `value`, its number where none is given, and do as the service does."""
         run_id = run_id or self.run_id
         digest = self.models.save_state({"w": np.array([round_num if value is None else value], np.float32)})
-        self.store.save(run_id, [ev.SaveVersion(round_num, digest, None)])
+        state = None if memory is None else self.models.save_state({"v": np.array([memory], np.float32)})
+        self.store.save(run_id, [ev.SaveVersion(round_num, digest, None, server_state=state)])
         self.retention.committed(run_id, round_num, best)
         return digest
 
@@ -43,6 +51,11 @@ class Disk:
         """The versions whose files are there."""
         there = self.models.digests()
         return [row["round_num"] for row in self.store.versions(run_id or self.run_id) if row["digest"] in there]
+
+    def states(self) -> list[int]:
+        """The versions whose server state is there."""
+        there = self.models.digests()
+        return [row["round_num"] for row in self.store.versions(self.run_id) if row["server_state"] in there]
 
 
 @pytest.fixture
@@ -141,3 +154,32 @@ def test_of_the_spool_only_the_round_at_hand_is_kept_and_other_runs_are_left_alo
     disk.retention.committed(disk.run_id, 1, None)
     names = sorted(f"{path.parent.name}/{path.stem}" for path in disk.spool.path.glob("*/*.spool"))
     assert names == sorted([f"{disk.run_id}/2", f"{disk.run_id}/3", "other/1", "other/2", "other/3"])
+
+
+def test_of_the_server_state_only_that_of_the_latest_version_is_kept(disk):
+    disk.commit(0)
+    for round_num in range(1, 6):
+        disk.commit(round_num, best=2, memory=0.5 + round_num)
+        assert disk.states() == [round_num]
+    assert disk.kept() == [2, 3, 4, 5]
+    disk.restart()
+    disk.retention.committed(disk.run_id, 5, 2)
+    assert disk.states() == [5]
+
+
+def test_a_server_state_that_stayed_as_it_was_is_kept_with_the_latest_version(disk):
+    disk.commit(0)
+    disk.commit(1, memory=0.5)
+    disk.commit(2, memory=0.5)
+    assert disk.states() == [1, 2]
+    disk.commit(3, memory=0.75)
+    assert disk.states() == [3]
+
+
+def test_a_server_state_that_another_run_needs_is_kept(disk):
+    other = disk.new_run()
+    disk.commit(1, memory=0.5, run_id=other)
+    disk.commit(0)
+    disk.commit(1, memory=0.5)
+    disk.commit(2, memory=0.75)
+    assert disk.states() == [1, 2]

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import coordinator.round
-from coordinator.round import LEGAL, IllegalEventError, MemberState, Round, RoundConfig, RoundState, draw_order
+from coordinator.round import (
+    LEGAL,
+    IllegalEventError,
+    MemberState,
+    Round,
+    RoundConfig,
+    RoundState,
+    draw_order,
+    visiting_order,
+)
 from coordinator.round_events import (
     Abandon,
     AgentAccepted,
@@ -262,6 +271,57 @@ def test_every_agent_comes_first_about_equally_often():
     firsts = Counter(draw_order(["a", "b", "c", "d"], 1, round_num)[0] for round_num in range(600))
     # 600 draws of probability 1/4: mean 150, standard deviation sqrt(600 * 1/4 * 3/4) = 10.6; four of them are 42.
     assert all(108 <= firsts[agent_id] <= 192 for agent_id in "abcd")
+
+
+# In turn.
+
+
+def in_turn(round_num: int = 1, order: tuple[str, ...] = ()) -> Talk:
+    bounds = RoundConfig(target=1, minimum=1, quorum=1, over_select=1.0, in_turn=True, visit_order=order)
+    return Talk(Round(bounds, round_num=round_num, attempt=1, seed=7, now=100.0))
+
+
+def test_rounds_visit_one_agent_each_in_the_order_of_their_names():
+    for round_num, agent_id in enumerate(["a", "b", "c", "a", "b"], start=1):
+        talk = in_turn(round_num)
+        assert talk.fleet("c", "a", "b") == [Invite((agent_id,))]
+        assert talk.report(agent_id) == [Aggregate((agent_id,))]
+
+
+def test_a_given_order_decides_whose_turn_it_is():
+    for round_num, agent_id in enumerate(["bob", "alice", "bob", "alice"], start=1):
+        assert in_turn(round_num, ("bob", "alice")).fleet("alice", "bob") == [Invite((agent_id,))]
+
+
+def test_who_is_not_there_is_passed_over_and_has_the_next_turn_of_its_place():
+    order = ("a", "b", "c")
+    assert in_turn(2, order).fleet("a", "c") == [Invite(("c",))]
+    assert in_turn(3, order).fleet("a", "b") == [Invite(("a",))]
+    assert in_turn(5, order).fleet("a", "b", "c") == [Invite(("b",))]
+
+
+def test_when_the_visited_agent_is_lost_or_refuses_the_one_after_it_takes_its_turn():
+    talk = in_turn(2, ("a", "b", "c", "d"))
+    talk.fleet("a", "b", "c", "d")
+    assert talk.hear(AgentLost("b")) == [Release(("b",)), Invite(("c",))]
+    assert talk.hear(AgentRefused("c", "battery")) == [Invite(("d",))]
+    by_name = in_turn(2)
+    by_name.fleet("a", "b", "c")
+    assert by_name.hear(AgentRefused("b", "battery")) == [Invite(("c",))]
+
+
+def test_an_agent_that_failed_an_earlier_attempt_is_visited_after_the_others():
+    talk = in_turn(1)
+    talk.round.failures = {"a": 1}
+    assert talk.fleet("a", "b", "c") == [Invite(("b",))]
+
+
+def test_a_visiting_order_turns_by_one_place_a_round():
+    assert visiting_order(["b", "a", "c"], (), 1) == ["a", "b", "c"]
+    assert visiting_order(["b", "a", "c"], (), 3) == ["c", "a", "b"]
+    assert visiting_order(["b", "a", "c"], ("c", "b", "x"), 2) == ["b", "c"]
+    assert visiting_order(["b", "a"], ("c", "x"), 5) == []
+    assert visiting_order([], (), 5) == []
 
 
 # Collecting.

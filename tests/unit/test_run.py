@@ -795,3 +795,71 @@ def test_random_runs_commit_rounds():
     assert talk.run.current_round > 5
     fates = {outcome for outcome, _ in talk.run.tallies.counts}
     assert fates == {"received", "accepted", "rejected", "late", "duplicate"}
+
+
+# Agents that are visited in turn, and what a strategy remembers.
+
+
+def in_turn(order: tuple[str, ...] = (), min_agents: int = 2) -> Talk:
+    bounds = {"target": 1, "minimum": 1, "quorum": 1, "over_select": 1.0, "in_turn": True, "visit_order": order}
+    talk = Talk(config(rounds=4, min_agents=min_agents, evaluate=False, **bounds))
+    talk.prepared()
+    talk.published()
+    return talk
+
+
+def visit(talk: Talk, agent_id: str) -> list[ev.Command]:
+    """The agent's update comes, is aggregated and published."""
+    assert only(talk.update(agent_id), ev.AggregateUpdates).updates[0].agent_id == agent_id
+    talk.aggregated()
+    return talk.published()
+
+
+def test_the_first_visit_waits_for_as_many_agents_as_the_operator_wants():
+    talk = in_turn()
+    assert sent(talk.come("bob"), Invitation) == {}
+    assert talk.run.status().startswith("waiting for agents: 1 of 2 are there")
+    assert talk.run.num_missing == 1
+    assert set(sent(talk.come("alice"), Invitation)) == {"alice"}
+    assert talk.run.num_missing == 0
+    assert set(sent(visit(talk, "alice"), Invitation)) == {"bob"}
+
+
+def test_each_visit_starts_from_what_the_last_one_left_and_goes_on_with_whoever_is_there():
+    talk = in_turn(("bob", "alice"))
+    talk.come("alice")
+    invited = sent(talk.come("bob"), Invitation)
+    assert invited["bob"].model_digest == version_digest(0)
+    invited = sent(visit(talk, "bob"), Invitation)
+    assert invited["alice"].model_digest == version_digest(1)
+    talk.leave("bob")
+    invited = sent(visit(talk, "alice"), Invitation)  # bob's turn, and he is gone
+    assert set(invited) == {"alice"}
+    assert invited["alice"].model_digest == version_digest(2)
+    assert talk.run.num_missing == 0
+
+
+def test_an_agent_that_is_not_in_the_order_is_never_visited_nor_waited_for():
+    talk = in_turn(("bob", "alice"))
+    assert sent(talk.come("eve", "bob"), Invitation) == {}
+    assert talk.run.num_available == 1
+    assert set(sent(talk.come("alice"), Invitation)) == {"bob"}
+
+
+def test_what_the_strategy_remembers_is_saved_with_its_version_and_handed_to_the_next_round():
+    talk = aggregating(evaluate=False)
+    state = digest("state 1")
+    commands = talk.hear(ev.UpdatesAggregated(version_digest(1), 1.0, state))
+    assert only(commands, ev.SaveVersion).server_state == state
+    assert talk.run.version == Version(1, version_digest(1), state)
+    talk.published()
+    average = only(updates(talk, "a", "b"), ev.AggregateUpdates)
+    assert (average.base_digest, average.server_state) == (version_digest(1), state)
+
+
+def test_a_resumed_run_hands_on_what_the_strategy_remembers():
+    state = digest("state 1")
+    talk = Talk(resumed=resumed(version=Version(1, version_digest(1), state)))
+    talk.published()
+    talk.come("a", "b")
+    assert only(updates(talk, "a", "b"), ev.AggregateUpdates).server_state == state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+import coordinator.store
 from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
 from coordinator.store import DATABASE, KEPT_ROUNDS, SCHEMA_VERSION, AgentRow, Store, StoreError
@@ -319,6 +321,45 @@ def test_a_database_of_another_version_is_refused_and_left_alone(store, tmp_path
     connection.close()
     with pytest.raises(StoreError, match=f"has schema 99, this Midge reads {SCHEMA_VERSION}: use the Midge that wrote"):
         Store(tmp_path, read_only=read_only)
+
+
+def as_schema_1(directory: Path) -> None:
+    """Make of a database what the first Midge would have written."""
+    with contextlib.closing(sqlite3.connect(directory / DATABASE)) as connection, connection:
+        connection.execute("ALTER TABLE versions DROP COLUMN server_state")
+        connection.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
+
+
+def test_a_database_of_the_first_schema_opens_and_goes_on(store, tmp_path):
+    run_id = create(store)
+    store.save(run_id, [version(0), version(1)])
+    store.close()
+    as_schema_1(tmp_path)
+    reader = Store(tmp_path, read_only=True)
+    before = reader.versions(run_id)
+    reader.close()
+    assert [(row["round_num"], row["server_state"]) for row in before] == [(0, None), (1, None)]
+    for _ in range(2):  # and again, as one that is up to date
+        opened = Store(tmp_path)
+        assert opened.versions(run_id) == before
+        opened.close()
+    opened = Store(tmp_path)
+    opened.save(run_id, [ev.SaveVersion(2, version_digest(2), version_digest(1), server_state=digest("state"))])
+    assert [row["server_state"] for row in opened.versions(run_id)] == [None, None, digest("state")]
+    opened.close()
+
+
+def test_a_migration_that_is_cut_short_leaves_the_first_schema(store, tmp_path, monkeypatch):
+    store.close()
+    as_schema_1(tmp_path)
+    monkeypatch.setattr(coordinator.store, "SCHEMA_VERSION", 3)
+    monkeypatch.setitem(coordinator.store._MIGRATIONS, 2, "ALTER TABLE no_such ADD COLUMN any VARCHAR")
+    with pytest.raises(StoreError, match="no such table: no_such"):
+        Store(tmp_path)
+    monkeypatch.undo()
+    opened = Store(tmp_path)
+    assert opened.versions("none") == []
+    opened.close()
 
 
 @pytest.mark.parametrize("read_only", [False, True])
