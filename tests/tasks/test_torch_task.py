@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -127,6 +128,44 @@ def test_steps_are_those_worked_out_by_hand():
         for epochs in (1, 2, 3)
     ]
     assert weights == [0.5, 1.0, 1.25]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_proximal_term_equals_plain_pytorch_with_the_term_in_its_loss(momentum):
+    inputs, labels = clusters()
+    task = ModelTask(perceptron)
+    start = task.initial_state(3)
+    spec = TrainSpec(local_epochs=4, batch_size=10, learning_rate=0.1, momentum=momentum, proximal_mu=0.5, seed=11)
+
+    torch.manual_seed(3)
+    model = perceptron()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    order = torch.Generator().manual_seed(11)
+    for _ in range(4):
+        for batch in torch.randperm(53, generator=order).split(10):
+            optimizer.zero_grad()
+            far = sum(((w - w_global) ** 2).sum() for w, w_global in zip(model.parameters(), before, strict=True))
+            (nn.CrossEntropyLoss()(model(inputs[batch]), labels[batch]) + 0.5 / 2 * far).backward()
+            optimizer.step()
+    trained = task.train(start, clusters(), spec, nothing).state
+    for name, tensor in model.state_dict().items():
+        # Both round each gradient to float32, in another order: a few units of 2**-24 over 24 steps.
+        np.testing.assert_allclose(trained[name], tensor.detach().numpy(), rtol=1e-5, atol=1e-6)
+    free = task.train(start, clusters(), dataclasses.replace(spec, proximal_mu=0.0), nothing).state
+    distances = [sum(float(((state[name] - start[name]) ** 2).sum()) for name in start) for state in (trained, free)]
+    assert distances[0] < distances[1]
+
+
+def test_a_proximal_step_is_that_worked_out_by_hand():
+    # w = 1, one example x = 1, y = 3, loss (w - 3)^2: the gradient is 2 (w - 3).  mu = 2, lr = 0.25:
+    # step 1 from w = 1: gradient -4 + 2 (1 - 1) = -4, w = 2;  step 2: gradient -2 + 2 (2 - 1) = 0, w = 2
+    task = SquaresTask(line)
+    data = (torch.ones(1, 1), torch.full((1, 1), 3.0))
+    spec = TrainSpec(local_epochs=2, learning_rate=0.25, proximal_mu=2.0)
+    trained = task.train({"weight": np.ones((1, 1), np.float32)}, data, spec, nothing)
+    assert trained.state["weight"].tolist() == [[2.0]]
+    assert trained.metrics["loss"] == 1.0  # (2 - 3)^2: of the data alone
 
 
 def test_the_metric_is_the_mean_loss_over_the_examples_of_the_last_epoch():

@@ -15,7 +15,7 @@ from coordinator.compute import Compute, Computed
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.models import ModelStore
 from coordinator.spool import Spool
-from coordinator.strategies import FedAvg
+from coordinator.strategies import FedAvg, FedAvgM
 from midge.eventqueue import EventQueue
 from midge.wire.frames import FLOAT32, Framing, content_tag, encode_frame, run_tag, update_digest
 from midge.wire.messages import Evaluation
@@ -34,15 +34,21 @@ class BrokenStrategy(FedAvg):
 class Talk:
     """Computations for a model of five zeros in frames of two, and updates that are in the spool."""
 
-    def __init__(self, directory: Path, strategy: Any = None) -> None:
+    def __init__(self, directory: Path, strategy: Any = None, max_step_ratio: float = 0.0) -> None:
         self.spool = Spool(directory / "spool")
         self.models = ModelStore(directory / "models")
         self.queue: EventQueue[Computed | EvaluatorSpoke] = EventQueue()
         self.compute = Compute(
-            "r1", "tests.unit.tiny_tasks:tiny", self.spool, self.models, strategy or FedAvg(), self.queue.put
+            "r1",
+            "tests.unit.tiny_tasks:tiny",
+            self.spool,
+            self.models,
+            strategy or FedAvg(),
+            self.queue.put,
+            max_step_ratio=max_step_ratio,
         )
         self.compute.framing = Framing(5, 2)
-        self.base = self.models.save_state({"w": np.zeros(5, np.float32)})
+        self.base = self.first = self.models.save_state({"w": np.zeros(5, np.float32)})
 
     def update(self, agent_id: str, value: float, num_examples: int, num_frames: int = 3) -> ev.AcceptedUpdate:
         """An update of five times `value`, of which so many frames came."""
@@ -112,6 +118,38 @@ def test_a_strategy_that_raises_anything_breaks_the_aggregation_and_not_the_thre
     update = talk.update("a", 1.0, 1)
     for _ in range(2):
         assert talk.aggregate(update) == ev.AggregationBroke("KeyError: 'no such weight'")
+    talk.compute.stop()
+    talk.spool.close()
+
+
+def test_a_step_that_explodes_breaks_the_aggregation_with_what_to_do(tmp_path):
+    talk = Talk(tmp_path, FedAvg(server_learning_rate=100), max_step_ratio=10)
+    talk.base = talk.models.save_state({"w": np.ones(5, np.float32)})
+    event = talk.aggregate(
+        talk.update("a", 2.0, 1)
+    )  # 100 times the delta of 1: the model has norm sqrt(5), the step 100 sqrt(5)
+    assert isinstance(event, ev.AggregationBroke)
+    assert event.reason.startswith(
+        "the step has norm 224, the global model 2.24: 100 times as much, and max_step_ratio is 10, after FedAvg("
+    )
+    assert talk.models.digests() - {talk.base} == {talk.first}
+    talk.compute.stop()
+    talk.spool.close()
+
+
+def test_what_the_strategy_remembers_goes_from_one_aggregation_to_the_next(tmp_path):
+    talk = Talk(tmp_path, FedAvgM(momentum=0.5))
+    update = talk.update("a", 2.0, 1)
+    first = talk.aggregate(update)
+    assert isinstance(first, ev.UpdatesAggregated)
+    assert first.server_state is not None
+    # v = 2, w = 2;  then a delta of 0: v = 1, w = 3
+    talk.compute.ask(ev.AggregateUpdates(1, first.digest, (update,), first.server_state), 0.0)
+    (event,) = talk.queue.take(BOUND_S)
+    assert isinstance(event, Computed)
+    assert isinstance(event.event, ev.UpdatesAggregated)
+    with talk.models.open(event.event.digest) as model:
+        assert model.elements.tolist() == [3.0] * 5
     talk.compute.stop()
     talk.spool.close()
 

@@ -60,7 +60,7 @@ class Told:
         if not self.worker.interrupt(payload):
             self.worker.handle(payload, lambda reply: self.replies.append(msgspec.json.decode(reply, type=msg.Reply)))
 
-    def train(self, frame_elements: int = 2, state: Any = None, **options: Any) -> msg.Reply:
+    def train(self, frame_elements: int = 2, state: Any = None, proximal_mu: float = 0.0, **options: Any) -> msg.Reply:
         """Train once, with these options of the task; returns the last reply."""
         state = tiny.initial_state(0) if state is None else state
         self._num_requests += 1
@@ -72,7 +72,7 @@ class Told:
                 request=self._num_requests,
                 run_id=RUN_ID,
                 round_num=3,
-                training=TrainingConfig(extra=options),
+                training=TrainingConfig(proximal_mu=proximal_mu, extra=options),
                 run_seed=SEED,
                 head=of_model,
                 model_path=str(self.journal.model_path),
@@ -106,6 +106,20 @@ def test_an_update_is_on_disk_when_the_worker_says_so_and_its_header_tells_all(t
     # Before training the weights are 0, 1, 2, 3, 4, and their mean is 2.
     assert update.evaluation == Evaluation(num_examples=3, loss=2.0, metrics={"accuracy": 0.75})
     assert update.training_s >= 0
+
+
+def test_a_task_that_knows_of_no_proximal_term_refuses_one_and_says_what_to_do(told, monkeypatch):
+    reason, detail = refusal(told.train(proximal_mu=0.5))
+    assert reason == "task"
+    assert detail.startswith(
+        "task tiny does not say that it trains with a proximal term (strategy fedprox, mu = 0.5): add it"
+    )
+    seen = []
+    monkeypatch.setattr(type(tiny), "supports_proximal", True, raising=False)
+    train = type(tiny).train
+    monkeypatch.setattr(type(tiny), "train", lambda *args: seen.append(args[3].proximal_mu) or train(*args))
+    assert told.train(proximal_mu=0.5) == msg.Finished(request=2)
+    assert seen == [0.5]
 
 
 @pytest.mark.parametrize("frame_elements", [1, 2, 4, 5, 100])
