@@ -95,9 +95,8 @@ class Worker:
 
         if request.training.proximal_mu and not getattr(task, "supports_proximal", False):
             raise TaskError(
-                f"task {task.name} does not say that it trains with a proximal term (strategy fedprox, mu = "
-                f"{request.training.proximal_mu:g}): add it to the loss as TrainSpec.proximal_mu has it, and set "
-                "supports_proximal = True on the task; or choose another strategy"
+                f"task {task.name} knows no proximal term (fedprox, mu {request.training.proximal_mu:g}): add "
+                "TrainSpec.proximal_mu to its loss and set supports_proximal = True on it, or choose another strategy"
             )
         progress(0.0)
         began = time.monotonic()

@@ -9,6 +9,7 @@ import pytest
 from coordinator.config import load_settings, run_fingerprint
 from coordinator.strategies import STRATEGIES, StrategyError, conformance, make_strategy
 from coordinator.strategies.conformance import ConformanceError, check_strategy, main
+from coordinator.strategies.registry import options_of
 from midge.settings import SettingsError
 from tests.unit import own_strategies
 from tests.unit.own_strategies import WRONG, Clipped
@@ -30,6 +31,26 @@ def test_they_conform_with_other_weights_and_rates_too(name, weighting):
 
 def test_a_users_strategy_conforms():
     check_strategy(Clipped)
+
+
+def test_the_example_of_the_page_conforms(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    (example,) = [
+        part.partition("```")[0] for part in page.split("```python\n") if "class Clipped" in part.partition("```")[0]
+    ]
+    (tmp_path / "my_strategies.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    check_strategy(functools.partial(make_strategy, "my_strategies.py:Clipped", {"limit": 0.05}))
+
+
+def test_the_page_has_every_strategy_with_its_options_and_defaults():
+    page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| .*? \| (.*?) \|", page, re.MULTILINE))
+    del rows["strategy"]  # the head of the table
+    assert list(rows) == list(STRATEGIES)
+    for name, words in rows.items():
+        shown = {key: float(value) for key, value in re.findall(r"`(\w+)` ([\d.]+)", words)}
+        assert shown == options_of(make_strategy(name), {})
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)

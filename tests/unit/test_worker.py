@@ -112,7 +112,7 @@ def test_a_task_that_knows_of_no_proximal_term_refuses_one_and_says_what_to_do(t
     reason, detail = refusal(told.train(proximal_mu=0.5))
     assert reason == "task"
     assert detail.startswith(
-        "task tiny does not say that it trains with a proximal term (strategy fedprox, mu = 0.5): add it"
+        "task tiny knows no proximal term (fedprox, mu 0.5): add TrainSpec.proximal_mu to its loss"
     )
     seen = []
     monkeypatch.setattr(type(tiny), "supports_proximal", True, raising=False)
