@@ -1,6 +1,8 @@
 """The same visits in plain PyTorch: no federation, no broker. Prints the loss on all four rows after each visit.
 
     python examples/two_workers/plain.py [SEED]
+
+The same seed begins with the same model as a federation of that seed.
 """
 
 from __future__ import annotations

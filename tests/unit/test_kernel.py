@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 import coordinator.aggregate
 from coordinator import kernel
 from coordinator.aggregate import AggregationError, Fold
+from coordinator.server_state import ServerState
 from coordinator.spool import RoundSpool
-from coordinator.strategies import FedAvg
+from coordinator.strategies import FedAvg, Step
+from midge.tasks.flatten import layout_of
 from midge.wire.codecs import FLOAT32, encode_float32
 from midge.wire.frames import Framing, encode_frame, run_tag
 from tests.environment import unmeasured
@@ -81,9 +83,12 @@ class Cohort:
             after[start : start + len(block)] = block
 
         frames = [self.spool.stored(f"pi-{agent_num}", bytes(8)) for agent_num in range(len(self.vectors))]
-        base = SimpleNamespace(elements=self.base, release=lambda: None)
+        layout = layout_of({"w": self.base})
+        base = SimpleNamespace(elements=self.base, layout=layout, release=lambda: None)
         writer = SimpleNamespace(write=write)
-        fold = Fold(base, self.spool, frames, self.weights, strategy, self.framing, writer, compiled)
+        state = ServerState(strategy, self.framing.num_elements, None, None, 1)
+        step = Step(1, len(frames), len(frames))
+        fold = Fold(base, self.spool, frames, self.weights, strategy, self.framing, writer, state, step, compiled)
         try:
             return fold.run(num_threads), after.tobytes()
         except AggregationError as error:
