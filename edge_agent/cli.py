@@ -37,7 +37,11 @@ def _common(command: Any) -> Any:
         click.option("--classes", metavar="1,2,3", help="Labels that this agent owns."),
         click.option("--sel-prob", type=float, metavar="P", help="Share of the examples of its labels that it has."),
         click.option("--def-prob", type=float, metavar="P", help="Share of the examples of other labels."),
-        click.option("--partition", metavar="P", help="iid, shards:2 or dirichlet:0.3; with --index and --of."),
+        click.option(
+            "--partition",
+            metavar="P",
+            help="iid, contiguous, shards:2, dirichlet:0.3, quantity:0.5; with --index and --of.",
+        ),
         click.option("--index", type=int, metavar="I", help="Which part is this agent's, from 0."),
         click.option("--of", type=int, metavar="N", help="How many parts there are."),
         click.option("--state-dir", metavar="DIR", help="Where unfinished work is kept [default: midge-agent]."),

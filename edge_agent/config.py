@@ -61,7 +61,11 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         0.0
     )
     partition: Annotated[
-        Text, Meta(description="How the data are dealt out: `iid`, `shards:2`, `dirichlet:0.3`; empty: all data.")
+        Text,
+        Meta(
+            description="How the data are dealt out: `iid`, `contiguous`, `shards:2`, `dirichlet:0.3`, `quantity:0.5`; "
+            "empty: all data."
+        ),
     ] = ""
     index: Annotated[int, Meta(ge=0, le=99_999, description="Which part is this agent's, counted from 0.")] = 0
     of: Annotated[int, Meta(ge=1, le=100_000, description="How many parts there are.")] = 1

@@ -30,7 +30,8 @@ class DataSpec:
         classes: labels that this agent owns; empty for all.
         sel_prob: share of the examples with those labels that it has, 0 to 1.
         def_prob: share of the examples with other labels that it has, 0 to 1.
-        partition: "" for all data, or "iid", "shards:2", "dirichlet:0.3": how the data are dealt among `num_parts`.
+        partition: "" for all data, or "iid", "contiguous", "shards:2", "dirichlet:0.3", "quantity:0.5": how the data
+            are dealt among `num_parts`, see `midge.tasks.partition`.
         part: which part is this agent's, 0 to num_parts - 1.
         num_parts: how many parts there are.
         seed: of every random choice in this.

@@ -3,15 +3,19 @@
 Data on devices are skewed, and how far they are decides how federated learning goes, so an experiment must say it:
 
     iid             a random part, alike in all but size
+    contiguous      the data cut in the order that they lie in: part i is the i-th of N pieces of a size
     shards:k        k shards of the data sorted by label, dealt at random: with k = 2 a part has about two labels
                     (McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data,
                     https://arxiv.org/abs/1602.05629)
     dirichlet:a     each label is cut in proportions drawn from Dir(a): skewed labels and sizes, more so for a small `a`
                     (Hsu et al. 2019, Measuring the Effects of Non-Identical Data Distribution for Federated Visual
                     Classification, https://arxiv.org/abs/1909.06335)
+    quantity:a      sizes drawn from Dir(a), labels as in iid: some have much and others little, more so for a small `a`
+                    (Li et al. 2022, Federated Learning on Non-IID Data Silos: An Experimental Study, NIID-Bench,
+                    https://arxiv.org/abs/2102.02079)
     classes         an agent has most of its own labels and few of the others': `by_labels`
 
-The parts of the first three are disjoint and cover everything. `by_labels` looks at one agent alone, so two agents that
+The parts of all but the last are disjoint and cover everything. `by_labels` looks at one agent alone, so two agents that
 run it over the same data share examples; where they must not, give each a part as well (`select` applies both).
 
 Every device deals for itself and takes its own part, so all must deal alike. A choice depends on nothing but the data,
@@ -37,10 +41,16 @@ Labels: TypeAlias = NDArray[Any]
 """int[num_examples]."""
 
 MIN_EXAMPLES = 10
-"""No part of `dirichlet` has fewer, as in NIID-Bench (https://arxiv.org/abs/2102.02079)."""
+"""No part of `dirichlet` or `quantity` has fewer, as in NIID-Bench (https://arxiv.org/abs/2102.02079)."""
 
 _MAX_DRAWS = 1000
-_EXAMPLE_OF = {"iid": "iid", "shards": "shards:2", "dirichlet": "dirichlet:0.3"}
+_EXAMPLE_OF = {
+    "iid": "iid",
+    "contiguous": "contiguous",
+    "shards": "shards:2",
+    "dirichlet": "dirichlet:0.3",
+    "quantity": "quantity:0.5",
+}
 
 
 def by_labels(labels: Labels, classes: Collection[int], sel_prob: float, def_prob: float, seed: int) -> Indices:
@@ -78,6 +88,12 @@ def iid(num_examples: int, num_parts: int, seed: int) -> list[Indices]:
     return [np.sort(part) for part in dealt]
 
 
+def contiguous(num_examples: int, num_parts: int) -> list[Indices]:
+    """Cut the examples, in the order they have, into `num_parts` pieces, whose sizes differ by one at most."""
+    _check_enough(num_examples, num_parts, "parts")
+    return np.array_split(np.arange(num_examples), num_parts)
+
+
 def shards(labels: Labels, shards_per_part: int, num_parts: int, seed: int) -> list[Indices]:
     """Sort by label, cut into `shards_per_part` · `num_parts` shards of a size, and deal these at random."""
     num_shards = shards_per_part * num_parts
@@ -98,7 +114,7 @@ def dirichlet(labels: Labels, alpha: float, num_parts: int, seed: int) -> list[I
         TaskError: 1000 draws gave no such cut: alpha is too small for so many parts.
     """
     _check_enough(len(labels), num_parts, "parts")
-    least = max(1, min(MIN_EXAMPLES, len(labels) // num_parts // 2))
+    least = _least(len(labels), num_parts)
     random = _random(seed, "dirichlet")
     by_label = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     sizes = np.array([[len(indices)] for indices in by_label])
@@ -111,10 +127,66 @@ def dirichlet(labels: Labels, alpha: float, num_parts: int, seed: int) -> list[I
         if counts.min() >= least:
             pieces = [np.split(indices, cut) for indices, cut in zip(by_label, cuts, strict=True)]
             return [np.sort(np.concatenate(part)) for part in zip(*pieces, strict=True)]
-    raise TaskError(
-        f"dirichlet:{alpha:g} over {len(labels)} examples: none of {_MAX_DRAWS} draws gave each of {num_parts} parts "
-        f"at least {least} examples; use a larger alpha or fewer parts"
+    raise TaskError(_no_cut("dirichlet", alpha, len(labels), num_parts))
+
+
+def quantity(num_examples: int, alpha: float, num_parts: int, seed: int) -> list[Indices]:
+    """Deal shuffled examples into `num_parts` parts, whose shares of the whole are drawn from Dir(alpha).
+
+    It is drawn again until each part has `MIN_EXAMPLES` (or half of an even share, where the data are so few).
+
+    Raises:
+        TaskError: 1000 draws gave no such cut: alpha is too small for so many parts.
+    """
+    _check_enough(num_examples, num_parts, "parts")
+    random = _random(seed, "quantity")
+    shuffled = random.permutation(num_examples)
+    for _ in range(_MAX_DRAWS):
+        shares = random.dirichlet(np.full(num_parts, alpha))
+        if not np.isfinite(shares).all():
+            continue  # a tiny alpha: every share was rounded to 0
+        cuts = np.rint(np.cumsum(shares)[:-1] * num_examples).astype(np.int64)
+        if np.diff(cuts, prepend=0, append=num_examples).min() >= _least(num_examples, num_parts):
+            return [np.sort(part) for part in np.split(shuffled, cuts)]
+    raise TaskError(_no_cut("quantity", alpha, num_examples, num_parts))
+
+
+def _least(num_examples: int, num_parts: int) -> int:
+    """The fewest examples that a drawn part may have."""
+    return max(1, min(MIN_EXAMPLES, num_examples // num_parts // 2))
+
+
+def _no_cut(name: str, alpha: float, num_examples: int, num_parts: int) -> str:
+    return (
+        f"{name}:{alpha:g} over {num_examples} examples: none of {_MAX_DRAWS} draws gave each of {num_parts} parts "
+        f"at least {_least(num_examples, num_parts)} examples; use a larger alpha or fewer parts"
     )
+
+
+def partition(labels: Labels, how: str, num_parts: int, seed: int) -> list[Indices]:
+    """All parts of the data, dealt as `how` says: "iid", "contiguous", "shards:2", "dirichlet:0.3" or "quantity:0.5".
+
+    Returns:
+        For each part its indices into `labels`, in ascending order; together every index once.
+
+    Raises:
+        TaskError: `how` is none of these, or the data cannot be dealt so.
+    """
+    name, _, argument = how.partition(":")
+    number = _positive(argument)
+    match name:
+        case "iid" if not argument:
+            return iid(len(labels), num_parts, seed)
+        case "contiguous" if not argument:
+            return contiguous(len(labels), num_parts)
+        case "shards" if argument.isascii() and argument.isdecimal() and number:
+            return shards(labels, int(argument), num_parts, seed)
+        case "dirichlet" if number:
+            return dirichlet(labels, number, num_parts, seed)
+        case "quantity" if number:
+            return quantity(len(labels), number, num_parts, seed)
+        case _:
+            raise TaskError(f"partition {how!r}: expected {_one_of_the_partitions()}{_did_you_mean(name, argument)}")
 
 
 def select(labels: Labels, spec: DataSpec) -> Indices:
@@ -158,15 +230,7 @@ def _part(labels: Labels, spec: DataSpec) -> Indices:
                 f"part {spec.part} of {spec.num_parts}, but no partition: say how to deal, {_one_of_the_partitions()}"
             )
         return np.arange(len(labels))
-    name, _, argument = spec.partition.partition(":")
-    if name == "iid" and not argument:
-        return iid(len(labels), spec.num_parts, spec.seed)[spec.part]
-    if name == "shards" and argument.isascii() and argument.isdecimal() and int(argument) > 0:
-        return shards(labels, int(argument), spec.num_parts, spec.seed)[spec.part]
-    alpha = _positive(argument)
-    if name == "dirichlet" and alpha:
-        return dirichlet(labels, alpha, spec.num_parts, spec.seed)[spec.part]
-    raise TaskError(f"partition {spec.partition!r}: expected {_one_of_the_partitions()}{_did_you_mean(name, argument)}")
+    return partition(labels, spec.partition, spec.num_parts, spec.seed)[spec.part]
 
 
 def _positive(text: str) -> float:

@@ -2,17 +2,41 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from midge.tasks.base import DataSpec, TaskError
-from midge.tasks.partition import MIN_EXAMPLES, by_labels, dirichlet, iid, select, shards
+from midge.tasks.partition import (
+    MIN_EXAMPLES,
+    by_labels,
+    contiguous,
+    dirichlet,
+    iid,
+    partition,
+    quantity,
+    select,
+    shards,
+)
 
 LABELS = np.repeat(np.arange(10), 40)[np.random.RandomState(1).permutation(400)]  # 40 examples of each of ten labels
+
+EVERY_PARTITION = [
+    "iid",
+    "contiguous",
+    "shards:2",
+    "shards:10",
+    "dirichlet:0.3",
+    "dirichlet:1",
+    "quantity:0.5",
+    "quantity:5",
+]
 
 GOLDEN = {
     "by_labels": [1, 6, 7, 8, 10],
     "iid": [[0, 1, 2, 3], [4, 5, 6]],
     "shards": [[2, 5, 7, 10], [0, 4, 6, 8], [1, 3, 9, 11]],
     "dirichlet": [[0, 1, 2, 3, 5, 6, 8, 9, 10], [4, 7, 11]],
+    "quantity": [[4, 11], [1, 3, 5, 6, 7, 8, 9, 10], [0, 2]],
 }
 
 
@@ -66,6 +90,7 @@ def test_choices_are_those_of_every_other_device_and_version():
     assert [part.tolist() for part in iid(7, 2, seed=7)] == GOLDEN["iid"]
     assert [part.tolist() for part in shards(labels, 1, 3, seed=7)] == GOLDEN["shards"]
     assert [part.tolist() for part in dirichlet(labels, 2.0, 2, seed=7)] == GOLDEN["dirichlet"]
+    assert [part.tolist() for part in quantity(12, 0.5, 3, seed=7)] == GOLDEN["quantity"]
 
 
 def test_numbers_of_any_integer_type_serve_as_labels():
@@ -131,10 +156,68 @@ def test_every_partition_depends_on_the_seed_alone():
         lambda seed: iid(400, 4, seed),
         lambda seed: shards(LABELS, 2, 4, seed),
         lambda seed: dirichlet(LABELS, 0.5, 4, seed),
+        lambda seed: quantity(400, 0.5, 4, seed),
     ):
         same = [np.array_equal(a, b) for a, b in zip(deal(5), deal(5), strict=True)]
         assert all(same)
         assert not all(np.array_equal(a, b) for a, b in zip(deal(5), deal(6), strict=True))
+
+
+# contiguous, quantity
+
+
+def test_contiguous_parts_are_the_pieces_in_order_whatever_the_seed():
+    assert [part.tolist() for part in contiguous(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    specs = [DataSpec(partition="contiguous", part=2, num_parts=10, seed=seed) for seed in (0, 9)]
+    for spec in specs:  # the third tenth of 400
+        assert select(LABELS, spec).tolist() == list(range(80, 120))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 100.0])
+def test_quantity_parts_are_disjoint_cover_everything_and_none_is_too_small(alpha):
+    parts = quantity(1000, alpha, 8, seed=0)
+    assert_a_partition(parts, 1000)
+    assert min(len(part) for part in parts) >= MIN_EXAMPLES
+
+
+def test_a_small_alpha_gives_uneven_sizes_and_a_large_one_even_ones():
+    even = [len(part) for part in quantity(1000, 1e6, 4, seed=0)]
+    uneven = [len(part) for part in quantity(1000, 0.2, 4, seed=0)]
+    assert max(even) - min(even) <= 3  # each share is 1/4 within a thousandth
+    assert max(uneven) > 2 * 250
+
+
+def test_quantity_leaves_labels_as_they_are_in_the_whole():
+    largest = max(quantity(400, 0.3, 4, seed=1), key=len)
+    assert len(largest) > 150
+    assert min(counts(largest)) > 0.5 * len(largest) / 10  # an even share of each of ten labels, within a half
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-300])
+def test_quantity_says_when_no_draw_will_do(alpha):
+    with pytest.raises(TaskError, match=r"quantity:.*none of 1000 draws gave each of 50 parts at least 4 examples"):
+        quantity(400, alpha, 50, seed=0)
+
+
+# any of them
+
+
+@given(
+    how=st.sampled_from(EVERY_PARTITION),
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=120).map(np.array),
+    num_parts=st.integers(1, 6),
+    seed=st.integers(0, 2**53),
+)
+def test_any_partition_of_any_data_gives_each_example_to_one_part_and_always_the_same(how, labels, num_parts, seed):
+    try:
+        parts = partition(labels, how, num_parts, seed)
+    except TaskError:
+        assume(False)  # too few examples for so many parts, which is said
+    assert len(parts) == num_parts
+    assert all(len(part) for part in parts)
+    assert_a_partition(parts, len(labels))
+    again = partition(labels.astype(np.uint8), how, num_parts, seed)
+    assert all(np.array_equal(one, other) for one, other in zip(parts, again, strict=True))
 
 
 # select
@@ -144,7 +227,7 @@ def test_without_any_wish_an_agent_has_everything():
     assert select(LABELS, DataSpec()).tolist() == list(range(400))
 
 
-@pytest.mark.parametrize("partition", ["iid", "shards:2", "shards:10", "dirichlet:0.3", "dirichlet:1"])
+@pytest.mark.parametrize("partition", EVERY_PARTITION)
 def test_the_parts_of_all_agents_together_are_the_data(partition):
     parts = [select(LABELS, DataSpec(partition=partition, part=part, num_parts=5, seed=2)) for part in range(5)]
     assert_a_partition(parts, 400)
@@ -166,7 +249,10 @@ def test_classes_apply_within_the_part_so_that_agents_share_nothing():
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        ("shard:2", "partition 'shard:2': expected iid, shards:2 or dirichlet:0.3; did you mean shards:2?"),
+        (
+            "shard:2",
+            "partition 'shard:2': expected iid, contiguous, shards:2, dirichlet:0.3 or quantity:0.5; did you mean shards:2?",
+        ),
         ("shard:3", "; did you mean shards:3?"),
         ("Dirichlet:0.5", "; did you mean dirichlet:0.5?"),
         ("shards", "; did you mean shards:2?"),
@@ -178,6 +264,11 @@ def test_classes_apply_within_the_part_so_that_agents_share_nothing():
         ("dirichlet:inf", "; did you mean dirichlet:0.3?"),
         ("iid:4", "; did you mean iid?"),
         ("IID", "; did you mean iid?"),
+        ("contiguous:2", "; did you mean contiguous?"),
+        ("continuous", "; did you mean contiguous?"),
+        ("quantity", "; did you mean quantity:0.5?"),
+        ("quantity:0", "; did you mean quantity:0.5?"),
+        ("quanity:2", "; did you mean quantity:2?"),
     ],
 )
 def test_a_misspelt_partition_is_met_with_the_one_that_was_meant(partition, message):
@@ -187,7 +278,9 @@ def test_a_misspelt_partition_is_met_with_the_one_that_was_meant(partition, mess
 
 
 def test_a_partition_like_none_is_met_with_all_there_are():
-    with pytest.raises(TaskError, match=r"partition 'quux': expected iid, shards:2 or dirichlet:0\.3$"):
+    with pytest.raises(
+        TaskError, match=r"partition 'quux': expected iid, contiguous, shards:2, dirichlet:0\.3 or quantity:0\.5$"
+    ):
         select(LABELS, DataSpec(partition="quux", num_parts=2))
 
 
@@ -198,7 +291,7 @@ def test_a_partition_like_none_is_met_with_all_there_are():
         (DataSpec(partition="iid", part=-1, num_parts=3), "part -1 of 3 parts"),
         (
             DataSpec(part=1, num_parts=3),
-            "part 1 of 3, but no partition: say how to deal, iid, shards:2 or dirichlet:0.3",
+            "part 1 of 3, but no partition: say how to deal, iid, contiguous, shards:2, dirichlet:0.3 or quantity:0.5",
         ),
         (DataSpec(partition="iid", num_parts=401), "401 parts of 400 examples: expected 1 to 400"),
         (DataSpec(partition="shards:300", num_parts=2), "600 shards of 400 examples: expected 1 to 400"),
