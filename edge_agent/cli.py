@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -18,6 +18,8 @@ from edge_agent.config import Settings, load_settings
 from midge import __version__, log
 from midge.settings import SettingsError
 from midge.transport.address import Address, AddressError
+
+S = TypeVar("S", bound=Settings)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -119,6 +121,30 @@ def doctor(file: Path | None, assignments: tuple[str, ...], timeout_s: float, **
     sys.exit(0 if is_well else 1)
 
 
+@main.command()
+@_common
+@click.option("--json", "as_json", is_flag=True, help="Print what there is as JSON.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into a PNG file.")
+def data(file: Path | None, assignments: tuple[str, ...], *, as_json: bool, plot: Path | None, **options: Any) -> None:
+    """Show what this agent would train on: examples and labels. Nothing is sent, and no broker is needed.
+
+    With a partition and no --index, every part of it is shown.
+
+    \b
+    Examples:
+      edge-agent data --task digits --classes 1,2,3 --def-prob 0.05
+      edge-agent data --partition dirichlet:0.3 --of 10 --plot parts.png
+      edge-agent data --config agent.toml --json
+
+    Exits with 1 where there are no data to train on, and says what to do.
+    """
+    from edge_agent.data import DataSettings, show  # noqa: PLC0415  with it comes NumPy
+
+    settings = _settings(DataSettings, file, assignments, options)
+    log.setup(settings.log_format, "error")
+    sys.exit(show(settings, as_json=as_json, plot=plot))
+
+
 def _stop_after_stdin(stop: Callable[[], None]) -> None:
     # Not through sys.stdin: a thread that waits in it holds its lock, which the interpreter needs to end.
     while os.read(0, 4096):
@@ -128,9 +154,8 @@ def _stop_after_stdin(stop: Callable[[], None]) -> None:
 
 def _load(file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> tuple[Settings, Address]:
     """The settings, and the broker's address with its credentials; ends the program where they are wrong."""
-    options = {key: value for key, value in options.items() if value not in (None, ())}
+    settings = _settings(Settings, file, assignments, options)
     try:
-        settings = load_settings(file=file, environ=os.environ, options=options, assignments=assignments)
         address = Address.parse(
             settings.broker,
             username=settings.username or None,
@@ -144,6 +169,15 @@ def _load(file: Path | None, assignments: tuple[str, ...], options: dict[str, An
     return settings, address
 
 
-def _fail(text: str, code: int) -> Any:
+def _settings(kind: type[S], file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> S:
+    """The settings; ends the program where they are wrong."""
+    options = {key: value for key, value in options.items() if value not in (None, ())}
+    try:
+        return load_settings(kind, file=file, environ=os.environ, options=options, assignments=assignments)
+    except SettingsError as error:
+        _fail(str(error), 2)
+
+
+def _fail(text: str, code: int) -> NoReturn:
     click.echo(f"edge-agent: {text}", err=True)
     sys.exit(code)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -72,6 +72,9 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     data_seed: Annotated[
         int, Meta(ge=0, le=2**53, description="Seed of the partition; agents that share data must share it.")
     ] = 0
+    check_data: Annotated[
+        bool, Meta(description="Whether the data are loaded once at the start, to say what they are or what is wrong.")
+    ] = True
     state_dir: Annotated[
         str, Meta(min_length=1, max_length=1000, description="Directory of the journal and of work not yet delivered.")
     ] = "midge-agent"
@@ -103,21 +106,25 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         return first <= hour < end if first < end else hour >= first or hour < end
 
 
+S = TypeVar("S", bound=Settings)
+
+
 def load_settings(
+    kind: type[S] = Settings,  # type: ignore[assignment]  # a default of a type variable
     *,
     file: Path | None = None,
     environ: Mapping[str, str] | None = None,
     options: Mapping[str, object | None] | None = None,
     assignments: Sequence[str] = (),
     ignore: Collection[str] = NOT_SETTINGS,
-) -> Settings:
-    """The agent's settings from all sources, see `midge.settings.load`.
+) -> S:
+    """The agent's settings, or those of a `kind` that adds to them, from all sources, see `midge.settings.load`.
 
     Raises:
         midge.settings.SettingsError: something is wrong; it says everything that is.
     """
     return sources.load(
-        Settings, file=file, environ=environ, options=options, assignments=assignments, check=check, ignore=ignore
+        kind, file=file, environ=environ, options=options, assignments=assignments, check=check, ignore=ignore
     )
 
 

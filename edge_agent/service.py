@@ -22,7 +22,7 @@ from edge_agent.driver import Driver, make_agent
 from edge_agent.journal import Journal
 from edge_agent.policy import objection, on_battery
 from edge_agent.trainer import Trainer, WorkerExited, WorkerReplied
-from edge_agent.worker_messages import DataOptions, SetUp
+from edge_agent.worker_messages import DataChecked, DataOptions, SetUp
 from midge import PROTOCOL, __version__
 from midge.eventqueue import EventQueue
 from midge.log import log_event
@@ -115,6 +115,8 @@ class Service:
             log_event(_log, logging.INFO, "was last invited", run=unfinished.run_id, round=unfinished.round_num)
         self._transport.start()
         try:
+            if settings.check_data:
+                self._trainer.check_data()
             while self._turn():
                 pass
         finally:
@@ -149,6 +151,8 @@ class Service:
     def _on_worker(self, event: WorkerReplied | WorkerExited, now: float) -> None:
         if isinstance(event, WorkerExited):
             log_event(_log, logging.ERROR, "worker died", agent=self.settings.agent_id, reason=event.reason)
+        elif isinstance(event.reply, DataChecked):
+            _log_data(event.reply, self.settings)
         result = self._trainer.handle(event, now)
         if isinstance(result, ev.TrainingFinished):
             self._journal.forget_update_file()
@@ -186,6 +190,28 @@ def _data_options(settings: Settings) -> DataOptions:
         num_parts=settings.of,
         seed=settings.data_seed,
     )
+
+
+def _log_data(checked: DataChecked, settings: Settings) -> None:
+    """Say what this agent would train on, or what is the matter with that."""
+    summary = checked.summary
+    if summary is None:
+        consequence = f"invitations are refused with reason {checked.reason}; each one looks at the data anew"
+        log_event(
+            _log,
+            logging.ERROR,
+            "data cannot be used",
+            agent=settings.agent_id,
+            task=settings.task,
+            detail=checked.detail,
+            consequence=consequence,
+        )
+        return
+    shown: dict[str, Any] = {"examples": summary.num_examples, "labels": summary.labels_line()}
+    log_event(_log, logging.INFO, "data checked", agent=settings.agent_id, task=settings.task, **shown)
+    if summary.is_of_one_class:
+        hint = "training here teaches no other label; if that is not meant, look at data_dir, classes and partition"
+        log_event(_log, logging.WARNING, "data of one class", agent=settings.agent_id, hint=hint, **shown)
 
 
 def _metrics(settings: Settings) -> AgentMetrics | None:

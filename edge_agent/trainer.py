@@ -1,7 +1,8 @@
 """The trainer: starts the worker for the first training, feeds it, ends it after a quiet time, and survives its death.
 
 Whatever happens to the worker, an exception, a kill, a lack of memory, becomes one failed training with its reason; the next
-training starts a new one. Only one training runs at a time. A cancelled one may still run for a moment, since a task lets
+training starts a new one. At the agent's start a worker may check the data; it goes on to train if that is wanted by then, and
+else is ended. Only one training runs at a time. A cancelled one may still run for a moment, since a task lets
 go when it reports progress; if it has not after `_PATIENCE_S`, the worker is ended: it works for nothing, and another may wait.
 """
 
@@ -89,6 +90,12 @@ class Trainer:
         """Of the worker; None where there is none."""
         return self._child.pid if self._child is not None else None
 
+    def check_data(self) -> None:
+        """Load the data once, before any training; a `DataChecked` from the worker follows, or its exit."""
+        self._start()
+        if self._child is not None:
+            self._child.send(_encode(msg.CheckData()))
+
     def train(self, invitation: Invitation, head: Head, now: float) -> None:
         """Begin to train, as soon as a cancelled training has let go."""
         self._request += 1
@@ -126,6 +133,10 @@ class Trainer:
             self._child = None
             return self._ended(ev.TrainingFailed(ev.Objection("worker", event.reason[:500])), now)
         reply = event.reply
+        if isinstance(reply, msg.DataChecked):
+            if self._running is None:
+                self.stop()
+            return None
         if reply.request != self._running:
             return None
         match reply:

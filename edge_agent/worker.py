@@ -21,6 +21,7 @@ from edge_agent.agent_events import FinishedUpdate
 from edge_agent.journal import write_update
 from midge.tasks.base import DataSpec, Score, Task, TaskError, Trained, TrainSpec, seed_of
 from midge.tasks.flatten import state_to_vector, vector_to_state
+from midge.tasks.inspection import summarize
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
 from midge.tasks.scores import fitting, to_evaluation
@@ -33,8 +34,16 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Request).decode
 
 
+_MAX_READ = 2000
+"""A check reads examples for their labels, where nothing else tells these, of data sets up to this size."""
+
+
 class _CancelledError(Exception):
     """The training is not wanted any more."""
+
+
+class _DataError(Exception):
+    """This device's data cannot be used; says why."""
 
 
 class Worker:
@@ -60,8 +69,23 @@ class Worker:
         if isinstance(request, msg.SetUp):
             self._setup = request
             _limit(request)
+        elif isinstance(request, msg.CheckData):
+            reply(_encode(self._check()))
         elif isinstance(request, msg.TrainModel):
             reply(_encode(self._answer(request, lambda report: reply(_encode(report)))))
+
+    def _check(self) -> msg.DataChecked:
+        try:
+            task, data = self._load()
+            return msg.DataChecked(summary=summarize(task, data, max_read=_MAX_READ))
+        except MemoryError:
+            return msg.DataChecked(reason="memory", detail="out of memory while loading the data")
+        except TaskError as error:
+            return msg.DataChecked(reason="task" if self._task is None else "data", detail=str(error)[:500])
+        except _DataError as error:
+            return msg.DataChecked(detail=str(error)[:500])
+        except Exception as error:  # noqa: BLE001  a user's data set may raise anything while it is read
+            return msg.DataChecked(detail=_described(error))
 
     def _answer(self, request: msg.TrainModel, report: Callable[[msg.Progressed], None]) -> msg.Reply:
         number = request.request
@@ -69,6 +93,8 @@ class Worker:
             self._train(request, report)
         except _CancelledError:
             return msg.Cancelled(request=number)
+        except _DataError as error:
+            return msg.Failed(request=number, reason="data", detail=str(error)[:500])
         except MemoryError:
             return msg.Failed(request=number, reason="memory", detail="out of memory while training")
         except LayoutError as error:
@@ -77,8 +103,7 @@ class Worker:
             return msg.Failed(request=number, reason="task", detail=str(error)[:500])
         except Exception as error:  # noqa: BLE001  a user's task may raise anything; the agent lives on
             is_of_disk = isinstance(error, OSError) and error.errno is not None
-            detail = f"{type(error).__name__}: {error}"[:500]
-            return msg.Failed(request=number, reason="disk" if is_of_disk else "worker", detail=detail)
+            return msg.Failed(request=number, reason="disk" if is_of_disk else "worker", detail=_described(error))
         return msg.Finished(request=number)
 
     def _train(self, request: msg.TrainModel, report: Callable[[msg.Progressed], None]) -> None:
@@ -119,9 +144,33 @@ class Worker:
             task = find_task(self._setup.task)
             options = msgspec.structs.asdict(self._setup.data)
             options["data_dir"] = Path(options["data_dir"]) if options["data_dir"] else None
-            self._data = task.load_data(DataSpec(**options))
+            self._data = _loaded(task, DataSpec(**options))
             self._task = task
         return self._task, self._data
+
+
+def _loaded(task: Task, spec: DataSpec) -> Any:
+    """The task's data, at least one example.
+
+    Raises:
+        _DataError: they are missing, empty, or something is wrong with them: whatever the task raised.
+    """
+    try:
+        data = task.load_data(spec)
+        num_examples = task.num_examples(data)
+    except TaskError as error:
+        raise _DataError(str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _DataError(f"task {task.name}: loading its data failed: {_described(error)}") from error
+    if num_examples < 1:
+        raise _DataError(f"task {task.name}: no examples; look at what load_data reads and at the partition")
+    return data
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, score: Score, training_s: float) -> None:

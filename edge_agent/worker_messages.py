@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from midge.tasks.summary import DataSummary
 from midge.wire.messages import Head, RefusalReason, TrainingConfig
 
 
@@ -27,6 +28,18 @@ class SetUp(msgspec.Struct, frozen=True, kw_only=True, tag="set_up"):
     task: str
     data: DataOptions
     max_memory_mb: int = 0
+
+
+class CheckData(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
+    """Load the data, and say what they are."""
+
+
+class DataChecked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
+    """What the data are; where they cannot be used, the reason that a training would be refused for."""
+
+    summary: DataSummary | None = None
+    reason: RefusalReason = "data"
+    detail: str = ""
 
 
 class TrainModel(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
@@ -75,5 +88,5 @@ class Cancelled(msgspec.Struct, frozen=True, kw_only=True, tag="cancelled"):
     request: int
 
 
-Request = SetUp | TrainModel | CancelTraining
-Reply = Progressed | Finished | Failed | Cancelled
+Request = SetUp | CheckData | TrainModel | CancelTraining
+Reply = DataChecked | Progressed | Finished | Failed | Cancelled

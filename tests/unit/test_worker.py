@@ -204,7 +204,7 @@ def test_a_full_disk_is_a_failure_that_says_so(told):
 @pytest.mark.parametrize(
     ("task", "reason", "detail"),
     [
-        ("dataless", "task", "no examples in None: put some there"),
+        ("dataless", "data", "no examples in None: put some there"),
         ("nothing", "task", "has no 'nothing'"),
     ],
 )
