@@ -64,16 +64,16 @@ def show(settings: DataSettings, *, as_json: bool, plot: Path | None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a task prints is none of the result
             shown = look(settings)
-    except TaskError as error:
+    except TaskError as error:  # there is no such task
         _say(str(error))
-        return 1
+        return 2
+    problems = list(dict.fromkeys(part.problem for part in shown.parts if part.problem))
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode() + "\n")
-    else:
+    elif any(part.summary is not None for part in shown.parts):
         width = min(max(shutil.get_terminal_size().columns, _MIN_WIDTH), _MAX_WIDTH)
         blocks = "utf" in (sys.stdout.encoding or "").lower()
         sys.stdout.write("\n".join(lines(shown, settings, width, blocks=blocks)) + "\n")
-    problems = list(dict.fromkeys(part.problem for part in shown.parts if part.problem))
     for problem in problems:
         _say(problem)
     if plot is not None and not problems:
@@ -163,7 +163,12 @@ def _draw(shown: Shown, settings: DataSettings, path: Path) -> int:
     if any(summary.labels is None for summary in summaries):
         _say(f"--plot: the labels of task {shown.task} cannot be read, so there is nothing to draw")
         return 1
-    title = f"{shown.task}: {dealt(shown)}" if shown.partition else f"{shown.task}: {settings.agent_id}"
+    title = f"{shown.task}: {dealt(shown)}" if len(summaries) > 1 else f"{settings.agent_id}, task {shown.task}"
+    if settings.classes:
+        owned = ", ".join(map(str, settings.classes))
+        title += f": {settings.sel_prob:.0%} of labels {owned} and {settings.def_prob:.0%} of others"
+    if len(summaries) == 1 and shown.partition:
+        title += f", part {shown.parts[0].part} of {dealt(shown)}"
     try:
         draw(title, [(part.part, part.summary) for part in shown.parts if part.summary is not None], path)
     except OSError as error:

@@ -57,7 +57,7 @@ def _sizes(counts: NDArray[np.int64]) -> str:
     held = (counts > 0).sum(axis=1)
     return (
         f"{totals.sum()} examples: {totals.min()} to {totals.max()} an agent, with {held.min()} to {held.max()} "
-        f"of {counts.shape[1]} labels"
+        f"of {counts.shape[1]} labels, {counts.max()} where it is darkest"
     )
 
 
@@ -79,7 +79,6 @@ def _heat_map(counts: NDArray[np.int64], names: Sequence[str], parts: Sequence[i
         _write_counts(heat, counts)
         heat.set_yticks(range(num_agents), [str(part) for part in parts])
     _title_labels(heat, names)
-    heat.set_xlabel("label")
     heat.set_ylabel("agent")
     heat.tick_params(length=0, colors=_INK)
     heat.spines[:].set_color(_FAINT)
@@ -112,7 +111,6 @@ def _bars(counts: NDArray[np.int64], names: Sequence[str]) -> Figure:
     if len(counts) <= _MAX_NUMBERED[1]:
         axes.bar_label(drawn, fontsize=8.5, color=_INK, padding=1)
     _title_labels(axes, names)
-    axes.set_xlabel("label")
     axes.set_ylabel("examples")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     axes.margins(x=0.02, y=0.12)
@@ -124,7 +122,9 @@ def _bars(counts: NDArray[np.int64], names: Sequence[str]) -> Figure:
 
 
 def _title_labels(axes: Axes, names: Sequence[str]) -> None:
+    are_words = max(map(len, names)) > 4
+    if not are_words:
+        axes.set_xlabel("label")
     if len(names) > _MAX_TITLED:
         return
-    are_words = max(map(len, names)) > 4
     axes.set_xticks(range(len(names)), names, rotation=45 if are_words else 0, ha="right" if are_words else "center")

@@ -16,7 +16,7 @@ _MIN_BAR = 8
 _GAP = "  "
 
 
-class LabelCount(msgspec.Struct, frozen=True):
+class LabelCount(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many examples have a label."""
 
     label: int
