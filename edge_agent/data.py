@@ -131,7 +131,7 @@ def lines(shown: Shown, settings: DataSettings, width: int, *, blocks: bool = Tr
         found = [f"{shown.task}, {dealt(shown)}", "", *table(summaries, width)]
     found.append("")
     if shown.test is not None:
-        found.append(f"test data: {shown.test.num_examples} examples, which stay on the coordinator")
+        found.append(f"test data: {shown.test.examples_line()}, for the coordinator alone")
     else:
         found.append(f"test data: none{f' ({shown.test_problem})' if shown.test_problem else ''}")
     return found
@@ -139,8 +139,7 @@ def lines(shown: Shown, settings: DataSettings, width: int, *, blocks: bool = Tr
 
 def _of_one(shown: Shown, summary: DataSummary, settings: DataSettings, width: int, *, blocks: bool) -> Iterator[str]:
     how = f", part {shown.parts[0].part} of {dealt(shown)}" if shown.partition else ""
-    shape = f" of shape {summary.input_shape}" if summary.input_shape is not None else ""
-    yield f"{settings.agent_id}, task {shown.task}{how}: {summary.num_examples} examples{shape}"
+    yield f"{settings.agent_id}, task {shown.task}{how}: {summary.examples_line()}"
     if summary.labels:
         yield ""
         yield from bar_chart(summary.labels, width, blocks=blocks)

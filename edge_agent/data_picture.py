@@ -25,15 +25,20 @@ _MAX_TITLED = 40
 
 
 def draw(title: str, parts: Sequence[tuple[int, DataSummary]], path: Path) -> None:
-    """Write the picture into a PNG file: a heat map, or for a single part a bar chart.
+    """Write the picture into a PNG file; arguments as for `picture`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    picture(title, parts).savefig(path, format="png", pil_kwargs={"optimize": True})
+
+
+def picture(title: str, parts: Sequence[tuple[int, DataSummary]]) -> Figure:
+    """A heat map, or for a single part a bar chart, 800 pixels wide.
 
     Args:
         title: how the data were dealt.
         parts: the number of each, and what is in it; their labels were read.
-        path: of the file.
-
-    Raises:
-        OSError: it cannot be written.
     """
     titles = {one.label: one.title for _, summary in parts for one in summary.labels or ()}
     labels = sorted(titles)
@@ -47,7 +52,7 @@ def draw(title: str, parts: Sequence[tuple[int, DataSummary]], path: Path) -> No
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.30 / height, title, fontsize=13, fontweight="bold", color=_INK, va="center")
     figure.text(0.02, 1 - 0.58 / height, _sizes(counts), fontsize=9.5, color="#555555", va="center")
-    figure.savefig(path, format="png", pil_kwargs={"optimize": True})
+    return figure
 
 
 def _sizes(counts: NDArray[np.int64]) -> str:
@@ -56,9 +61,14 @@ def _sizes(counts: NDArray[np.int64]) -> str:
         return f"{totals[0]} examples with {np.count_nonzero(counts)} labels"
     held = (counts > 0).sum(axis=1)
     return (
-        f"{totals.sum()} examples: {totals.min()} to {totals.max()} an agent, with {held.min()} to {held.max()} "
-        f"of {counts.shape[1]} labels, {counts.max()} where it is darkest"
+        f"{totals.sum()} examples: {_span(totals)} an agent, with {_span(held)} of {counts.shape[1]} labels, "
+        f"{counts.max()} where it is darkest"
     )
+
+
+def _span(numbers: NDArray[np.int64]) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _new_figure(width: float, height: float) -> Figure:

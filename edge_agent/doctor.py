@@ -36,13 +36,14 @@ _LOADING = """
 import json, sys
 from pathlib import Path
 from midge.tasks.base import DataSpec, TaskError
+from midge.tasks.inspection import summarize
 from midge.tasks.registry import find_task
 reference, options = sys.argv[1], json.loads(sys.argv[2])
 options["data_dir"] = Path(options["data_dir"]) if options["data_dir"] else None
 options["classes"] = tuple(options["classes"])
 try:
     task = find_task(reference)
-    print(task.num_examples(task.load_data(DataSpec(**options))))
+    print(summarize(task, task.load_data(DataSpec(**options)), max_read=2000).line())
 except TaskError as error:
     sys.exit(str(error))
 """
@@ -177,7 +178,7 @@ def _examine_data(settings: Settings) -> Finding:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return Finding("task and data", is_well=False, text=_last_line(done.stderr))
-    return Finding("task and data", is_well=True, text=f"{settings.task}: {_last_line(done.stdout)} examples")
+    return Finding("task and data", is_well=True, text=f"{settings.task}: {_last_line(done.stdout)}")
 
 
 def _available_mb() -> int:

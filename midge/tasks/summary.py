@@ -57,10 +57,12 @@ class DataSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     def line(self) -> str:
         """The whole in one line: `473 examples of shape (64,), labels 0:7 1:146 2:142`."""
+        return self.examples_line() if self.labels is None else f"{self.examples_line()}, labels {self.labels_line()}"
+
+    def examples_line(self) -> str:
+        """How many examples of which shape."""
         words = f"{self.num_examples} {'example' if self.num_examples == 1 else 'examples'}"
-        if self.input_shape is not None:
-            words += f" of shape {self.input_shape}"
-        return words if self.labels is None else f"{words}, labels {self.labels_line()}"
+        return words if self.input_shape is None else f"{words} of shape {self.input_shape}"
 
 
 def bar_chart(labels: Sequence[LabelCount], width: int, *, blocks: bool = True) -> list[str]:

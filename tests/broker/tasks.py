@@ -55,6 +55,8 @@ class LinearTask:
         """4, 7, 10, ... examples for part 0, 1, 2, ...: no two agents weigh the same."""
         if _fault(spec.data_dir) == "no-data":
             raise TaskError(f"no examples in {spec.data_dir}: put some there")
+        if _fault(spec.data_dir) == "slow-data":
+            time.sleep(_HELD_S)
         rng = np.random.default_rng([spec.seed, spec.part])
         inputs = rng.standard_normal((4 + 3 * spec.part, NUM_FEATURES))
         targets = inputs.sum(axis=1) + spec.part + 0.1 * rng.standard_normal(len(inputs))
@@ -104,6 +106,18 @@ class WideTask(LinearTask):
 
     def evaluate(self, state: State, data: Examples) -> Score:
         return Score(num_examples=self.num_examples(data), loss=float(np.abs(state["vector"]).mean()))
+
+
+class OneClassTask(LinearTask):
+    """Its data are all of class 1."""
+
+    name = "one_class"
+
+    def load_data(self, spec: DataSpec) -> Any:
+        return np.zeros((5, NUM_FEATURES)), np.ones(5, np.int64)
+
+    def num_examples(self, data: Any) -> int:
+        return len(data[1])
 
 
 def batch_norm() -> Any:
@@ -163,6 +177,7 @@ def four_rows() -> Any:
 
 linear = LinearTask()
 wide = WideTask()
+one_class = OneClassTask()
 
 
 def fingerprint(state: State) -> str:

@@ -112,7 +112,7 @@ def without_processes(monkeypatch):
     """No torch is imported and no data are loaded: that is for tests of their own."""
 
     def run(command, **_) -> subprocess.CompletedProcess[str]:
-        says = "2.9.1 1\n" if "torch" in command[2] else "downloading...\n1797\n"
+        says = "2.9.1 1\n" if "torch" in command[2] else "downloading...\n1797 examples, labels 0:178\n"
         return subprocess.CompletedProcess(command, 0, says, "")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -147,7 +147,7 @@ def test_where_all_is_well_each_thing_is_looked_at_and_says_so(broker, settings)
     # 2^18 elements are 1 MiB, of which a round holds 6 copies.
     assert found["memory"].text.startswith("the model of digits-1 needs about 6 MB, ")
     assert found["torch"].text == "2.9.1, 1 threads"
-    assert found["task and data"].text == "tests.unit.tiny_tasks:tiny: 1797 examples"
+    assert found["task and data"].text == "tests.unit.tiny_tasks:tiny: 1797 examples, labels 0:178"
 
 
 @pytest.mark.usefixtures("without_processes")

@@ -18,6 +18,7 @@ from edge_agent import worker_messages as msg
 from edge_agent.journal import Journal, write_update
 from edge_agent.trainer import Trainer, WorkerExited, WorkerReplied
 from midge.eventqueue import EventQueue
+from midge.tasks.summary import DataSummary
 from midge.wire.messages import Invitation, TrainingConfig
 from tests.unit.test_journal import made
 from tests.unit.test_worker import RUN_ID, head
@@ -207,6 +208,47 @@ def test_a_worker_that_cannot_be_started_is_a_failed_training_too(talk, monkeypa
     assert "Cannot allocate memory" in detail
     talk.train()
     assert talk.child.numbers == [2]
+
+
+# A check of the data.
+
+CHECKED = msg.DataChecked(summary=DataSummary(num_examples=3))
+
+
+def test_a_check_starts_a_worker_that_is_ended_once_it_has_said_what_it_found(talk):
+    talk.trainer.check_data()
+    assert talk.child.requests == [SETUP, msg.CheckData()]
+    assert talk.trainer.deadline() == math.inf
+    assert talk.says(CHECKED) == []
+    assert talk.child.is_stopped
+    assert talk.trainer.pid is None
+
+
+def test_a_training_that_is_wanted_meanwhile_goes_to_the_same_worker(talk, tmp_path):
+    talk.trainer.check_data()
+    talk.train()
+    assert len(talk.children) == 1
+    assert [type(request) for request in talk.child.requests] == [msg.SetUp, msg.CheckData, msg.TrainModel]
+    assert talk.says(CHECKED) == []
+    assert not talk.child.is_stopped
+    update = write(tmp_path)
+    assert talk.says(msg.Finished(request=1)) == [ev.TrainingFinished(update)]
+
+
+def test_a_worker_that_dies_of_the_data_fails_no_training_but_one_that_waits(talk):
+    talk.trainer.check_data()
+    assert talk.dies() == []
+    assert talk.trainer.pid is None
+    talk.trainer.check_data()
+    talk.train()
+    assert failure(talk.dies()) == ("worker", "the process was killed")
+
+
+def test_an_agent_that_stops_ends_a_check(talk):
+    talk.trainer.check_data()
+    talk.trainer.stop()
+    assert talk.child.is_stopped
+    assert talk.says(CHECKED) == []
 
 
 # Cancelling.

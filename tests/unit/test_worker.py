@@ -16,6 +16,7 @@ from edge_agent.journal import Journal
 from edge_agent.worker import Worker
 from midge.tasks.base import seed_of
 from midge.tasks.flatten import layout_of, state_to_vector
+from midge.tasks.summary import DataSummary
 from midge.wire.frames import FLOAT32, Framing, content_tag, decode_frame, run_tag, update_digest
 from midge.wire.layout import model_hash
 from midge.wire.messages import Evaluation, Head, TrainingConfig, UpdateHeader, decode, encode
@@ -214,6 +215,43 @@ def test_a_task_that_cannot_be_loaded_fails_each_training(tmp_path, task, reason
         seen = refusal(told.train())
         assert seen[0] == reason
         assert detail in seen[1]
+    told.journal.close()
+
+
+def test_a_check_says_what_the_data_are_and_they_stay_for_the_training(told, capfd):
+    told.say(msg.CheckData())
+    assert told.replies == [msg.DataChecked(summary=DataSummary(num_examples=3))]
+    assert told.train() == msg.Finished(request=1)
+    assert capfd.readouterr().out.count("loading") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "reason", "detail"),
+    [
+        ("dataless", "data", "no examples in None: put some there"),
+        ("unfed", "data", "task unfed: no examples; look at what load_data reads and at the partition"),
+        ("clumsy", "data", "task clumsy: loading its data failed: KeyError: 'label'"),
+        ("unplugged", "data", "task unplugged: loading its data failed: FileNotFoundError: [Errno 2] No such file"),
+        ("greedy", "memory", "out of memory while"),
+        ("nothing", "task", "has no 'nothing'"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_for_the_same_reason_as_a_check_gives(tmp_path, task, reason, detail):
+    told = Told(tmp_path, task)
+    told.say(msg.CheckData())
+    (checked,) = told.replies
+    assert checked.summary is None
+    assert (checked.reason, detail in checked.detail) == (reason, True), checked
+    seen = refusal(told.train())
+    assert (seen[0], detail in seen[1]) == (reason, True), seen
+    told.journal.close()
+
+
+def test_data_that_came_after_the_check_are_trained_on(tmp_path):
+    told = Told(tmp_path, "late")
+    told.say(msg.CheckData())
+    assert told.replies[0].detail == "not yet"
+    assert told.train() == msg.Finished(request=1)
     told.journal.close()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSpec
+from midge.tasks.partition import select
 
 _LONG_S = 60.0
 
@@ -95,6 +96,58 @@ class DataLessTask(TinyTask):
         return None
 
 
+class FaultyDataTask(TinyTask):
+    """Loading its data raises something."""
+
+    def __init__(self, name: str, error: BaseException) -> None:
+        self.name = name
+        self._error = error
+
+    def load_data(self, spec: DataSpec) -> int:
+        raise self._error
+
+
+class UnfedTask(TinyTask):
+    """It has data, and no example in them."""
+
+    name = "unfed"
+
+    def num_examples(self, data: int) -> int:
+        return 0
+
+
+class LateTask(TinyTask):
+    """Its data are there the second time."""
+
+    name = "late"
+    num_loads = 0
+
+    def load_data(self, spec: DataSpec) -> int:
+        self.num_loads += 1
+        if self.num_loads == 1:
+            raise TaskError("not yet")
+        return super().load_data(spec)
+
+
+class LabelledTask(TinyTask):
+    """Sixty examples of three numbers each, with three labels in turn."""
+
+    name = "labelled"
+    label_names = ("cat", "dog", "cow")
+
+    def load_data(self, spec: DataSpec) -> Any:
+        sys.stdout.write("loading\n")
+        labels = np.arange(60) % 3
+        mine = select(labels, spec)
+        return np.zeros((len(mine), 3)), labels[mine]
+
+    def num_examples(self, data: Any) -> int:
+        return len(data[1])
+
+    def test_data(self) -> Any | None:
+        return np.zeros((6, 3)), np.arange(6) % 3
+
+
 class LavishTask(TinyTask):
     """It reports an accuracy for each of a thousand labels, in numbers of NumPy."""
 
@@ -157,6 +210,12 @@ class EndlessTask(TinyTask):
 
 tiny = TinyTask()
 dataless = DataLessTask()
+unfed = UnfedTask()
+clumsy = FaultyDataTask("clumsy", KeyError("label"))
+unplugged = FaultyDataTask("unplugged", FileNotFoundError(2, "No such file or directory", "images.npz"))
+greedy = FaultyDataTask("greedy", MemoryError())
+late = LateTask()
+labelled = LabelledTask()
 lavish = LavishTask()
 infinite = InfiniteTask()
 empty = EmptyTask()
