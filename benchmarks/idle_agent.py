@@ -34,6 +34,8 @@ def main() -> None:
             try:
                 time.sleep(3.0)  # it starts and connects
                 process = psutil.Process(agent.pid)
+                while process.children():  # the one that looks at the data when an agent starts
+                    time.sleep(0.5)
                 before = process.cpu_times()
                 time.sleep(options.seconds)
                 after = process.cpu_times()
