@@ -63,6 +63,7 @@ class Agents:
     ) -> None:
         self._options = [f"--federation={federation}", "--task=digits", f"--set=data_seed={seed}"]
         self._options += [f"--sel-prob={SEL_PROB}", f"--def-prob={DEF_PROB}", f"--state-dir={directory}", "--threads=1"]
+        self._options += ["--set=check_data=false"]  # they train at once, and their data are ours
         self._log_dir = log_dir
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("MIDGE_")}
         self._environ = {**inherited, **connection}

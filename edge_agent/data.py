@@ -87,6 +87,9 @@ def look(settings: DataSettings) -> Shown:
     Raises:
         TaskError: the task cannot be found.
     """
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # a worker is started by `python -m`, which finds a user's task there
     task = find_task(settings.task)
     parts = tuple(_part(task, settings, part) for part in settings.parts)
     test, test_problem = None, ""

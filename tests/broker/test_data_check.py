@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 
 from midge.transport.brokers import free_port
-from tests.broker.federation import PATIENCE_S, call, wait_until
+from tests.broker.federation import PATIENCE_S, call, environment, wait_until
 
 LABELLED = ["--task", "tests.unit.tiny_tasks:labelled", "--agent-id", "pi-1"]
 
@@ -80,6 +82,17 @@ def test_the_check_can_be_turned_off(alone):
     assert agent.children() == []
     assert agent.stop() == 0
     assert "data" not in agent.log()
+
+
+def test_the_command_finds_a_task_in_the_directory_it_is_called_in_as_an_agent_does(tmp_path):
+    (tmp_path / "here.py").write_text("from tests.unit.tiny_tasks import LabelledTask\n")
+    program = "import sys; del sys.path[0]; from edge_agent.cli import main; main()"  # as the installed script has it
+    arguments = ["data", "--task", "here:LabelledTask", "--agent-id", "pi-1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=tmp_path, env=environment(), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"60 examples" in done.stdout
 
 
 def test_the_command_shows_data_as_a_program_too(tmp_path):

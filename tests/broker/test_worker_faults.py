@@ -19,7 +19,7 @@ REFUSALS = {
     "raise": ("worker", "ValueError: the sensor [/red] is broken"),
     "memory": ("memory", "out of memory while training"),
     "killed": ("worker", "the process was killed (SIGKILL): most likely out of memory"),
-    "no-data": ("task", "no examples in "),
+    "no-data": ("data", "no examples in "),
     "wider": ("layout", "state has weight (1, 5) float32: expected weight"),
     "asleep": ("hours", "this agent trains only in the hours "),
 }

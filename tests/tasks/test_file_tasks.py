@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from midge.tasks.base import DataSpec, TaskError, TrainSpec
 from midge.tasks.file_tasks import ArraysTask, CsvTask, ImagesTask
@@ -198,6 +199,22 @@ def test_the_coordinator_s_test_data_look_like_an_agent_s(tmp_path):
     inputs, labels = Tested().test_data()
     assert (inputs.tolist(), labels.tolist()) == ([[0.0, 1.0]], [1])
     assert Iris().test_data() is None
+
+
+@pytest.mark.parametrize("wrap", ["data set", "subset", "loader", "loader of a subset"])
+def test_torch_s_own_data_sets_subsets_and_loaders_are_read(wrap):
+    labels = torch.tensor([3, 1, 3, 3])
+    data = TensorDataset(torch.zeros(4, 2), labels)
+    line = "4 examples of shape (2,), labels 1:1 3:3"
+    if "subset" in wrap:
+        data = Subset(data, [1, 2])
+        line = "2 examples of shape (2,), labels 1:1 3:1"
+    num_examples = len(data)
+    if "loader" in wrap:
+        data = DataLoader(data, batch_size=2, shuffle=True)
+    task = Sensor()
+    task.num_examples = lambda _: num_examples
+    assert summarize(task, data).line() == line
 
 
 def test_what_was_read_can_be_changed_in_place(tmp_path):
