@@ -32,6 +32,7 @@ from typing import NamedTuple
 from edge_agent import agent_events as ev
 from edge_agent.pull import Ask, Pull
 from edge_agent.push import Push
+from midge import __version__
 from midge.wire.messages import (
     Acceptance,
     Cancel,
@@ -49,6 +50,7 @@ _PROGRESS_EVERY_S = 1.0
 _MAX_MODEL_RETRIES = 2
 _FIRST_HEAD_PATIENCE_S = 2.0
 _LONGEST_HEAD_PATIENCE_S = 30.0
+_MAX_DETAIL = 500
 
 
 class AgentState(enum.StrEnum):
@@ -93,6 +95,7 @@ class Agent:
         self._reported_state = AgentState.OFFLINE
         self._newest: Invitation | None = None
         self._refusal: ev.Say | None = None
+        self._coordinator_version = ""
 
     @property
     def state(self) -> AgentState:
@@ -193,7 +196,7 @@ class Agent:
             case ev.TrainingFinished(update):
                 return self._on_finished(update)
             case ev.TrainingFailed(objection):
-                return self._refuse(objection) if self.work is AgentState.TRAINING else []
+                return self._refuse(self._with_versions(objection)) if self.work is AgentState.TRAINING else []
             case ev.DiskFailed(detail, lost_update):
                 self.update = None if lost_update else self.update
                 return self._refuse(ev.Objection("disk", detail)) if self.invitation is not None else []
@@ -235,6 +238,7 @@ class Agent:
         came_back = event.status.online and self._coordinator_is_away
         self._coordinator_is_away = not event.status.online
         self.epoch = event.status.epoch
+        self._coordinator_version = event.status.version
         if came_back and self._push is not None:
             self._push.asked(self.now)
             return [self._header()]
@@ -407,6 +411,14 @@ class Agent:
 
     # Ends.
 
+    def _with_versions(self, objection: ev.Objection) -> ev.Objection:
+        """Where two models do not fit, the first question is which Midge made each: built-in tasks change with it."""
+        if objection.reason != "layout":
+            return objection
+        other = self._coordinator_version or "unknown"
+        versions = f" (Midge {__version__} on the agent, {other} on the coordinator)"
+        return ev.Objection("layout", objection.detail[: _MAX_DETAIL - len(versions)] + versions)
+
     def _refuse(self, objection: ev.Objection) -> list[ev.Command]:
         assert self.invitation is not None
         invitation = self.invitation
@@ -415,7 +427,7 @@ class Agent:
 
     def _say_refusal(self, invitation: Invitation, objection: ev.Objection) -> list[ev.Command]:
         address, reason, detail = _address(invitation)._asdict(), objection.reason, objection.detail
-        self._refusal = ev.Say(Refusal(**address, reason=reason, detail=detail[:500]))
+        self._refusal = ev.Say(Refusal(**address, reason=reason, detail=detail[:_MAX_DETAIL]))
         return [self._refusal, ev.RoundEnded(invitation, "refused", reason, detail)]
 
     def _abandon_work(self) -> list[ev.Command]:

@@ -19,8 +19,8 @@ import numpy as np
 from edge_agent import worker_messages as msg
 from edge_agent.agent_events import FinishedUpdate
 from edge_agent.journal import write_update
-from midge.tasks.base import DataSpec, Score, Task, TaskError, Trained, TrainSpec, seed_of
-from midge.tasks.flatten import state_to_vector, vector_to_state
+from midge.tasks.base import DataSpec, FollowsRounds, Score, Task, TaskError, Trained, TrainSpec, seed_of
+from midge.tasks.flatten import difference, layout_of, state_to_vector, vector_to_state
 from midge.tasks.inspection import summarize
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
@@ -53,6 +53,7 @@ class Worker:
         self._setup: msg.SetUp | None = None
         self._task: Task | None = None
         self._data: Any = None
+        self._fitting_layouts: set[str] = set()
         self._cancelled = -1
 
     def interrupt(self, payload: bytes) -> bool:
@@ -110,6 +111,7 @@ class Worker:
         task, data = self._load()
         assert self._setup is not None
         layout = Layout(request.head.layout)
+        self._check_layout(task, layout, request)
         elements = np.memmap(request.model_path, dtype="<f4", mode="r", shape=(layout.num_elements,))
         state = vector_to_state(np.asarray(elements), request.head.counters, layout)
 
@@ -125,7 +127,6 @@ class Worker:
             )
         progress(0.0)
         began = time.monotonic()
-        score = task.evaluate(state, data)
         spec = TrainSpec(
             local_epochs=request.training.local_epochs,
             batch_size=request.training.batch_size,
@@ -133,10 +134,34 @@ class Worker:
             momentum=request.training.momentum,
             proximal_mu=request.training.proximal_mu,
             seed=seed_of(request.run_seed, request.round_num, self._setup.agent_id),
+            round_num=request.round_num,
             extra=request.training.extra,
         )
+        if isinstance(task, FollowsRounds):
+            task.begin_round(spec)
+        score = task.evaluate(state, data)
         trained = task.train(state, data, spec, progress)
         _write_update(request, layout, trained, score, time.monotonic() - began)
+
+    def _check_layout(self, task: Task, layout: Layout, request: msg.TrainModel) -> None:
+        """Compare the run's model with the task's own, once for each layout.
+
+        Raises:
+            LayoutError: they differ; the message names the tensor and both shapes.
+        """
+        if layout.digest in self._fitting_layouts:
+            return
+        try:
+            own = layout_of(task.initial_state(0))
+        except Exception:  # noqa: BLE001  where to begin may be what the coordinator's machine alone has, weights on disk say
+            own = layout
+        wrong = difference(own, layout)
+        if wrong:
+            raise LayoutError(
+                f"round {request.round_num}: this agent's model {wrong}: it is not the run's; give agent and coordinator the "
+                f"same version of task {request.head.task}"
+            )
+        self._fitting_layouts.add(layout.digest)
 
     def _load(self) -> tuple[Task, Any]:
         assert self._setup is not None, "a request before set-up"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,7 @@ class TrainSpec:
             train from; 0 for none. A task that adds it has an attribute `supports_proximal = True`; the agent refuses to train
             any other with one.
         seed: of every random choice; from (run seed, round, agent), so the same round trained again gives the same bits.
+        round_num: of which round, from 1; 0 where there are no rounds.
         extra: what the task alone knows.
     """
 
@@ -69,6 +70,7 @@ class TrainSpec:
     momentum: float = 0.0
     proximal_mu: float = 0.0
     seed: int = 0
+    round_num: int = 0
     extra: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
 
@@ -122,6 +124,14 @@ class Task(Protocol):
 
     def evaluate(self, state: State, data: Any) -> Score:
         """How `state` does on `data`."""
+
+
+@runtime_checkable
+class FollowsRounds(Protocol):
+    """A task that is told of a round's configuration before it evaluates, and not only when it trains."""
+
+    def begin_round(self, spec: TrainSpec) -> None:
+        """The evaluation and the training that follow are of this round."""
 
 
 def seed_of(run_seed: int, round_num: int, agent_id: str) -> int:

@@ -41,6 +41,20 @@ def _spec(name: str, array: NDArray[Any]) -> TensorSpec:
     return TensorSpec(name=name, shape=array.shape, dtype=array.dtype.name)  # type: ignore[arg-type]
 
 
+def difference(ours: Layout, expected: Layout) -> str:
+    """What is wrong with the layout of a state where a model's is expected, as a predicate; empty where nothing is.
+
+    bfloat16 is float32 in a state, so that the two are no difference.
+    """
+    return _in_a_state(expected).difference(_in_a_state(ours))
+
+
+def _in_a_state(layout: Layout) -> Layout:
+    return Layout(
+        tuple(TensorSpec(spec.name, spec.shape, numpy_dtype(spec).name) for spec in layout.tensors)  # type: ignore[arg-type]
+    )
+
+
 def check_counters(counters: Sequence[int], layout: Layout) -> None:
     """Check that `counters` are as many as the layout's integer buffers hold, each within its buffer's type.
 

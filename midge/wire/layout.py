@@ -123,14 +123,18 @@ class Layout:
                     raise LayoutError(f"counter {value} for {spec}: expected {low} to {high}")
 
     def difference(self, other: Layout) -> str:
-        """The first thing in which `other` differs, in words; empty where the two are equal."""
-        for ours, theirs in zip(self.tensors, other.tensors, strict=False):
-            if ours != theirs:
-                return f"{theirs} where {ours} was expected"
-        if len(self.tensors) != len(other.tensors):
-            longer, word = (other, "unexpected") if len(other.tensors) > len(self.tensors) else (self, "missing")
-            return f"{word} {longer.tensors[min(len(self.tensors), len(other.tensors))]}"
-        return ""
+        """What is wrong with `other` where this layout is expected, as a predicate; empty where both have the same tensors.
+
+        Tensors are compared by name: which come in another order is no difference that a model would notice.
+        """
+        theirs = {tensor.name: tensor for tensor in other.tensors}
+        for tensor in self.tensors:
+            found = theirs.pop(tensor.name, None)
+            if found is None:
+                return f"lacks {tensor}"
+            if found != tensor:
+                return f"has {found}, expected {tensor.shape} {tensor.dtype}"
+        return f"has {next(iter(theirs.values()))}, which is not expected" if theirs else ""
 
 
 def _spans(tensors: Iterator[TensorSpec]) -> Iterator[tuple[TensorSpec, int, int]]:

@@ -10,6 +10,7 @@ import pytest
 
 from edge_agent import agent_events as ev
 from edge_agent.agent import Agent, AgentState
+from midge import __version__
 from midge.wire.frames import content_tag
 from midge.wire.messages import (
     Acceptance,
@@ -255,6 +256,17 @@ def test_a_long_explanation_is_cut_to_what_a_message_holds():
     talk = at(AgentState.TRAINING)
     (refusal,) = said(talk.hear(ev.TrainingFailed(ev.Objection("worker", "x" * 9999))), Refusal)
     assert len(refusal.detail) == 500
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_versions_of_both():
+    versions = f" (Midge {__version__} on the agent, 0.1 on the coordinator)"
+    for detail, kept in (
+        ("w has (2,), expected (3,)", "w has (2,), expected (3,)"),
+        ("w" * 500, "w" * (500 - len(versions))),
+    ):
+        talk = at(AgentState.TRAINING)
+        (refusal,) = said(talk.hear(ev.TrainingFailed(ev.Objection("layout", detail))), Refusal)
+        assert (refusal.reason, refusal.detail) == ("layout", kept + versions)
 
 
 def test_a_refusal_that_may_have_been_lost_is_said_again():

@@ -180,6 +180,30 @@ def test_a_state_of_another_shape_is_a_failure_that_names_the_tensor(told):
     assert "w (6,) float32" in detail
 
 
+def test_a_model_that_is_not_the_task_s_own_is_refused_before_any_training(told):
+    state = {"w": np.zeros((5, 1), np.float32), "n": np.array(0, np.int64)}
+    reason, detail = refusal(told.train(state=state))
+    assert reason == "layout"
+    assert detail == (
+        "round 3: this agent's model has w (5,) float32, expected (5, 1) float32: it is not the run's; give agent and "
+        "coordinator the same version of task tiny"
+    )
+    assert msg.Progressed(request=1, fraction=0.0) not in told.replies
+    assert told.train() == msg.Finished(request=2)
+
+
+def test_tensors_in_another_order_are_the_same_model(told):
+    state = tiny.initial_state(0)
+    assert told.train(state={name: state[name] for name in reversed(state)}) == msg.Finished(request=1)
+
+
+def test_a_round_is_told_of_before_the_evaluation_and_the_training(tmp_path):
+    told = Told(tmp_path, "following")
+    assert told.train(width=3) == msg.Finished(request=1)
+    assert told.worker._task.seen == ["round 3, width 3", "evaluate", "train in round 3"]
+    told.journal.close()
+
+
 def test_a_long_explanation_is_cut_to_what_a_message_holds(told):
     _, detail = refusal(told.train(fault="raise", value="x" * 200))
     assert detail == "ValueError: " + "x" * 200

@@ -188,6 +188,26 @@ class DivergedTask(TinyTask):
         return Score(num_examples=data, loss=float("nan"))
 
 
+class FollowingTask(TinyTask):
+    """It notes what it is told, in order."""
+
+    name = "following"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def begin_round(self, spec: TrainSpec) -> None:
+        self.seen.append(f"round {spec.round_num}, width {spec.extra['width']}")
+
+    def evaluate(self, state: State, data: int) -> Score:
+        self.seen.append("evaluate")
+        return super().evaluate(state, data)
+
+    def train(self, state: State, data: int, spec: TrainSpec, progress: Callable[[float], None]) -> Trained:
+        self.seen.append(f"train in round {spec.round_num}")
+        return super().train(state, data, spec, progress)
+
+
 class DeadlyTask(TinyTask):
     """Whoever evaluates it is killed."""
 
@@ -220,5 +240,6 @@ lavish = LavishTask()
 infinite = InfiniteTask()
 empty = EmptyTask()
 diverged = DivergedTask()
+following = FollowingTask()
 deadly = DeadlyTask()
 endless = EndlessTask()
