@@ -25,7 +25,7 @@ def _settings_options(command: Any) -> Any:
         click.argument("config", required=False, type=click.Path(path_type=Path), envvar="MIDGE_CONFIG"),
         click.option("--broker", metavar="URL", help="mqtt://, mqtts://, ws:// or wss://, host and port."),
         click.option("--federation", metavar="NAME", help="Which federation this is."),
-        click.option("--task", metavar="TASK", help="What is learned: a built-in name or package.module:object."),
+        click.option("--task", metavar="TASK", help="What is learned: a name, package.module:object or my_task.py."),
         click.option("--rounds", type=int, metavar="N", help="How many rounds."),
         click.option("--min-agents", type=int, metavar="N", help="How many agents to wait for."),
         click.option("--seed", type=int, metavar="N", help="Of every random choice."),

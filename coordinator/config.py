@@ -21,6 +21,7 @@ from coordinator.strategies.base import Strategy, StrategyError
 from coordinator.strategies.registry import make_strategy, options_of
 from midge import settings as sources
 from midge.settings import CommonSettings, Problem, Seconds
+from midge.wire.identifiers import task_name
 from midge.wire.messages import Labels, Parameters
 
 MAX_AGENTS = 100_000
@@ -225,12 +226,16 @@ def _check_strategy(settings: Settings) -> list[Problem]:
 def run_definition(settings: Settings) -> dict[str, Any]:
     """The settings that a run's results depend on, in JSON's types.
 
-    Equal runs have equal definitions: `quorum` is the number of updates that it stands for, numbers have the field's type.
+    Equal runs have equal definitions: `quorum` is the number of updates that it stands for, numbers have the field's type,
+    and a task in a file is the same one in whatever directory.
     """
     # Settings that were made in code may hold 1 for 1.0.
     typed = msgspec.convert(msgspec.structs.asdict(settings), Settings)
     strategy = strategy_of(typed)
-    definition = {key: getattr(typed, key) for key in _DEFINING} | {"quorum": typed.needed_updates}
+    definition = {key: getattr(typed, key) for key in _DEFINING} | {
+        "quorum": typed.needed_updates,
+        "task": task_name(typed.task),
+    }
     # A strategy's own defaults count as if they were given, and what says nothing is left out: stored runs lack it.
     definition["server_learning_rate"] = getattr(strategy, "server_learning_rate", None) or typed.server_learning_rate
     if options := options_of(strategy, typed.strategy_options):

@@ -44,6 +44,7 @@ from midge.transport.address import Address
 from midge.transport.base import TransportEvent, Will
 from midge.transport.mqtt import MqttTransport
 from midge.wire.frames import Frame, plan_framing
+from midge.wire.identifiers import task_name
 from midge.wire.messages import TrainingConfig
 from midge.wire.topics import Topics
 
@@ -169,7 +170,7 @@ class Service:
         if run_id is None:
             run_id = self.store.create_run(
                 federation=settings.federation,
-                task=settings.task,
+                task=task_name(settings.task),
                 fingerprint=fingerprint,
                 definition=run_definition(settings),
                 rounds=settings.rounds,
@@ -445,7 +446,7 @@ def _run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfi
     )
     return RunConfig(
         run_id=run_id,
-        task=settings.task,
+        task=task_name(settings.task),
         rounds=settings.rounds,
         seed=settings.seed,
         round=RoundConfig(

@@ -199,9 +199,7 @@ class Store:
         self, *, federation: str, task: str, fingerprint: str, definition: Mapping[str, Any], rounds: int
     ) -> str:
         """Add a run, and return its id: the task's name and a random part, so that no two runs anywhere share one."""
-        stem = "".join(
-            char if char.isascii() and char.isalnum() else "-" for char in task.rsplit(":", 1)[-1].lower()
-        ).strip("-")[:40]
+        stem = "".join(char if char.isascii() and char.isalnum() else "-" for char in _short_name(task)).strip("-")[:40]
         run_id = f"{stem or 'run'}-{secrets.token_hex(3)}"
         with self._transaction() as connection:
             number = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_runs.c.number), 0) + 1)).scalar_one()
@@ -478,6 +476,13 @@ def _update_from(row: Mapping[str, Any]) -> ev.AcceptedUpdate:
         metrics=msgspec.json.decode(row["metrics"]),
         evaluation=None if evaluation is None else msgspec.json.decode(evaluation, type=Evaluation),
     )
+
+
+def _short_name(task: str) -> str:
+    """What a person calls it: the object, or the file or module where the object is called `task` as any other."""
+    place, _, name = task.rpartition(":")
+    short = name if place and name != "task" else place or name
+    return short.removesuffix(".py").rpartition(".")[2].lower()
 
 
 def _now() -> str:

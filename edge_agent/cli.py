@@ -34,7 +34,7 @@ def _common(command: Any) -> Any:
         click.option("--broker", metavar="URL", help="mqtt://, mqtts://, ws:// or wss://, host and port."),
         click.option("--federation", metavar="NAME", help="Which federation to join."),
         click.option("--agent-id", metavar="ID", help="Name of this agent [default: from the host's name]."),
-        click.option("--task", metavar="TASK", help="What is learned: a built-in name or package.module:object."),
+        click.option("--task", metavar="TASK", help="What is learned: a name, package.module:object or my_task.py."),
         click.option("--data-dir", metavar="DIR", help="Where this device's data lie."),
         click.option("--classes", metavar="1,2,3", help="Labels that this agent owns."),
         click.option("--sel-prob", type=float, metavar="P", help="Share of the examples of its labels that it has."),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edge_agent.agent_events import Objection
 from edge_agent.config import Settings
+from midge.wire.identifiers import task_name
 from midge.wire.messages import Invitation
 
 _POWER = Path("/sys/class/power_supply")
@@ -24,7 +25,7 @@ def on_battery(directory: Path = _POWER) -> bool:
 
 def objection(invitation: Invitation, settings: Settings, hour: int, *, discharging: bool) -> Objection | None:
     """What speaks against this invitation in local hour `hour`, 0 to 23; None where nothing does."""
-    if invitation.task != settings.task:
+    if invitation.task != task_name(settings.task):
         return Objection("task", f"invited to {invitation.task}, this agent was started with --task {settings.task}")
     if not settings.is_open(hour):
         return Objection("hours", f"this agent trains only in the hours {settings.hours}")

@@ -29,6 +29,7 @@ from midge.log import log_event
 from midge.transport.address import Address
 from midge.transport.base import TransportEvent, Will
 from midge.transport.mqtt import MqttTransport
+from midge.wire.identifiers import task_name
 from midge.wire.messages import Invitation, Presence, encode
 from midge.wire.topics import Topics
 
@@ -67,7 +68,7 @@ class Service:
             incarnation=secrets.token_hex(8),
             protocol=PROTOCOL,
             version=__version__,
-            task=settings.task,
+            task=task_name(settings.task),
             labels=dict(settings.labels),
         )
         will = Presence(online=False, incarnation=presence.incarnation)

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import NODEFAULT, Meta
 
-from midge.wire.identifiers import is_identifier
+from midge.wire.identifiers import MAX_TASK_NAME, is_identifier, task_name
 
 ENVIRONMENT_PREFIX = "MIDGE_"
 
@@ -172,7 +172,12 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
         str, Meta(description="Name that a coordinator and its agents share: 1 to 64 of a-z, 0-9, `_` and `-`.")
     ] = "default"
     task: Annotated[
-        str, Meta(min_length=1, max_length=200, description="What is learned: a built-in or `package.module:object`.")
+        str,
+        Meta(
+            min_length=1,
+            max_length=1000,
+            description="What is learned: a built-in, `package.module:object`, or a file, as `my_task.py`.",
+        ),
     ] = "digits"
     username: Annotated[Text, Meta(description="User name at the broker; empty for none.")] = ""
     password: Annotated[Secret, Meta(description="Password at the broker; `password_file` keeps it off screens.")] = ""
@@ -217,6 +222,12 @@ def check_common(settings: CommonSettings) -> list[Problem]:
         expected = "expected a URL such as mqtt://127.0.0.1:1883 (or mqtts://, ws://, wss://)"
         found.append(Problem("broker", f"is {_shown(settings.broker)}: {expected}"))
     found += check_identifier("federation", settings.federation)
+    name = task_name(settings.task)
+    if len(name) > MAX_TASK_NAME:
+        text = (
+            f"is {_shown(settings.task)}: {len(name)} characters without directories, expected at most {MAX_TASK_NAME}"
+        )
+        found.append(Problem("task", text))
     if settings.password and settings.password_file:
         found.append(Problem("password_file", "is given, and password too: keep one of them", ("password",)))
     if bool(settings.cert_file) != bool(settings.key_file):

@@ -5,22 +5,29 @@ A reference is one of
     digits                    a built-in task
     thermostat                an entry point of the group `midge.tasks`, of a package that is installed
     package.module:object     an object of any module that can be imported
+    ./my_task.py:object       an object of a file, wherever it lies
+    ./my_task.py              the one task in a file: what is called `task` there, or the only thing that is one
 
 where the object is a task, or a class or a function that gives one when called with nothing. A built-in name wins over
 an entry point of the same name. A task's module, and torch with it, is imported when the task is asked for, not before.
+A file is imported as Python runs a program: what lies beside it can be imported by name.
 
 **Importing is running.** What a reference names is imported, so a reference must come from the operator of this very
 process: its command line or its configuration file. One that came in a message is compared with the operator's, as
-text, and never given to `find_task`.
+text, and never given to `find_task`. Compared are names: `midge.wire.identifiers.task_name` leaves directories out.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
+import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from midge.tasks.base import Task, TaskError
@@ -29,6 +36,7 @@ ENTRY_POINT_GROUP = "midge.tasks"
 
 _BUILT_IN = {"digits": "midge.tasks.digits:DigitsTask"}
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_FILE = re.compile(r"(.+\.py)(?::(.+))?")
 _MEMBERS = ("name", "initial_state", "load_data", "num_examples", "test_data", "train", "evaluate")
 """What makes an object a task; a test compares it with the protocol."""
 
@@ -44,6 +52,8 @@ def find_task(reference: str) -> Task:
     Raises:
         TaskError: there is none, its module cannot be imported, or the object is no task; says which, and what to do.
     """
+    if match := _FILE.fullmatch(reference):
+        return _as_task(reference, _load_from_file(reference, Path(match[1]), match[2] or ""))
     if ":" in reference:
         target = reference
     elif reference in _BUILT_IN:
@@ -66,7 +76,8 @@ def _unknown(reference: str) -> str:
     if dot and not hint:
         hint = f" Did you mean '{module}:{name}'?"
     return (
-        f"task {reference!r}: not known.{hint} Known are {', '.join(known)}; yours is named as package.module:object."
+        f"task {reference!r}: not known.{hint} Known are {', '.join(known)}; yours is named as package.module:object, or by "
+        "its file, as ./my_task.py."
     )
 
 
@@ -74,27 +85,84 @@ def _load(reference: str, target: str) -> object:
     """The object at `target`; `reference` is what was asked for, and what errors speak of."""
     if not _REFERENCE.fullmatch(target):
         leads = "" if target == reference else f" leads to {target!r}"
-        raise TaskError(f"task {reference!r}{leads}: expected package.module:object, such as my_tasks.images:ImageTask")
+        raise TaskError(
+            f"task {reference!r}{leads}: expected package.module:object, such as my_tasks.images:ImageTask, or a "
+            "file, such as ./my_task.py"
+        )
     module_name, _, path = target.partition(":")
-    found: object = _import(reference, module_name)
+    return _attribute(reference, _import(reference, module_name), path)
+
+
+def _load_from_file(reference: str, path: Path, name: str) -> object:
+    """The object called `name` in a file, or with no name the one task in it."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise TaskError(
+            f"task {reference!r}: there is no file {path}. A path is relative to the directory that the program was started in."
+        )
+    if "." in path.stem:
+        raise TaskError(f"task {reference!r}: no module can have the name {path.stem!r}: rename the file")
+    directory = str(path.parent)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)  # as Python does for a program; processes that a task starts get it, too
+    importlib.invalidate_caches()  # the file may be new
+    module = _import(reference, path.stem)
+    if module.__file__ is None or Path(module.__file__).resolve() != path:
+        raise TaskError(
+            f"task {reference!r}: another module called {path.stem} is imported already, "
+            f"{module.__file__ or 'a built-in one'}: rename the file"
+        )
+    return _attribute(reference, module, name) if name else _only_task(reference, module)
+
+
+def _only_task(reference: str, module: ModuleType) -> object:
+    """What is called `task`, or else the only task there is: an instance, or a class of the file's own without one."""
+    if hasattr(module, "task"):
+        return module.task
+    named = {name: value for name, value in vars(module).items() if not name.startswith("_") and not _lacks(value)}
+    instances = {name: value for name, value in named.items() if not isinstance(value, type)}
+    classes = {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, type) and value.__module__ == module.__name__ and not inspect.isabstract(value)
+    }
+    bases = {base for each in classes.values() for base in each.__mro__[1:]}
+    bases.update(base for each in instances.values() for base in type(each).__mro__)
+    found = instances | {name: value for name, value in classes.items() if value not in bases}
+    names = sorted({id(value): name for name, value in found.items()}.values())  # one of each that has several
+    if len(names) == 1:
+        return found[names[0]]
+    if not names:
+        raise TaskError(
+            f"task {reference!r}: nothing in it is a task. Make one, as `task = ...`; docs/tasks.md shows how"
+        )
+    raise TaskError(
+        f"task {reference!r}: it holds {len(names)} tasks, {', '.join(names)}: name one, as {reference}:{names[0]}"
+    )
+
+
+def _attribute(reference: str, module: ModuleType, path: str) -> object:
+    found: object = module
     for attribute in path.split("."):
         if not hasattr(found, attribute):
             public = [name for name in dir(found) if not name.startswith("_")]
             hint = _did_you_mean(attribute, public)
-            raise TaskError(f"task {reference!r}: module {module_name} was imported and has no {path!r}.{hint}")
+            raise TaskError(f"task {reference!r}: module {module.__name__} was imported and has no {path!r}.{hint}")
         found = getattr(found, attribute)
     return found
 
 
-def _import(reference: str, module_name: str) -> object:
+def _import(reference: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(missing + "."):
+            file = Path(module_name.replace(".", "/") + ".py")
+            hint = f" Did you mean the file, './{file}'?" if file.is_file() else ""
             raise TaskError(
                 f"task {reference!r}: no module {missing!r} is found. Install it into this environment, or name its "
-                "directory in PYTHONPATH."
+                f"directory in PYTHONPATH.{hint}"
             ) from None
         remedy = "pip install 'midge[torch]'" if module_name.startswith("midge.") else "install what provides it"
         raise TaskError(f"task {reference!r}: it imports {missing!r}, which is not installed: {remedy}") from None

@@ -1,4 +1,4 @@
-"""Identifiers: what may name a federation, a run or an agent, on every path and in every topic."""
+"""Identifiers: what may name a federation, a run or an agent, on every path and in every topic; and what names a task."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ PATTERN = r"\A[a-z0-9][a-z0-9_-]{0,63}\Z"
 
 It ends in `\\Z` because `$` also matches before a last line feed.
 """
+
+MAX_TASK_NAME = 200
+"""Characters of a task's name, as messages hold it."""
 
 _IDENTIFIER = re.compile(PATTERN)
 
@@ -30,3 +33,12 @@ def check_identifier(kind: str, text: str) -> str:
         shown = repr(text if len(text) <= 80 else text[:77] + "...")
         raise TopicError(f"{kind} {shown}: expected 1 to 64 characters of a-z, 0-9, _ and -, starting with a-z or 0-9")
     return text
+
+
+def task_name(reference: str) -> str:
+    """The name of a task, as it travels and is compared: the reference to it, less the directories of a file.
+
+    So `/opt/tasks/my_task.py:task` and `./my_task.py:task` name one task, wherever each machine keeps it. All other
+    references are names as they are.
+    """
+    return reference.rpartition("/")[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.config import Settings, differences, load_settings, run_definition, run_fingerprint
+from coordinator.config import Settings, check, differences, load_settings, run_definition, run_fingerprint
 from midge.settings import SettingsError, describe, markdown
 from midge.wire.messages import Invitation, TrainingConfig, decode_to_agent, encode
 
@@ -132,7 +132,7 @@ def test_the_variable_that_names_the_file_is_no_setting():
             "--set federation: federation is 'Lab': expected 1 to 64 characters of a-z, 0-9, _ and -, starting with a-z or 0-9",
         ),
         (["http_port=65536"], "--set http_port: http_port is '65536': expected a whole number, 0 to 65535"),
-        (["task="], "--set task: task is '': expected text, 1 to 200 characters"),
+        (["task="], "--set task: task is '': expected text, 1 to 1000 characters"),
         (["over_select=0.9"], "--set over_select: over_select is '0.9': expected a number, 1 to 10"),
         (
             ["strategy=fedadm"],
@@ -248,6 +248,19 @@ def test_an_option_of_a_strategy_defines_a_run_also_where_it_is_the_default():
     other = Settings(strategy="fedadam", strategy_options={"tau": 0.01})
     found = differences(run_definition(Settings(strategy="fedadam")), run_definition(other))
     assert found == ["strategy_options"]
+
+
+def test_a_task_in_a_file_is_the_same_run_from_whatever_directory():
+    one, other = Settings(task="./my_task.py:task"), Settings(task="/srv/my_task.py:task")
+    assert run_definition(one)["task"] == "my_task.py:task"
+    assert run_fingerprint(one) == run_fingerprint(other)
+
+
+def test_a_task_s_name_is_as_short_as_a_message_holds_and_its_path_need_not_be():
+    assert check(Settings(task="/" + "x" * 300 + "/my_task.py")) == []
+    (problem,) = check(Settings(task="/srv/" + "x" * 201))
+    assert problem.key == "task"
+    assert "201 characters without directories, expected at most 200" in problem.text
 
 
 def test_a_fingerprint_stays_what_it_was_since_stored_runs_carry_it():

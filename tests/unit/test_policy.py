@@ -38,6 +38,15 @@ def test_an_invitation_to_another_task_is_refused_and_both_are_named():
     assert asked(task="flowers") == expected
 
 
+def test_a_task_in_a_file_is_the_same_wherever_the_file_lies():
+    assert (
+        objection(invitation("flowers.py"), Settings(agent_id="a", task="/opt/flowers.py"), 1, discharging=False)
+        is None
+    )
+    other = objection(invitation("flowers.py:b"), Settings(agent_id="a", task="./flowers.py"), 1, discharging=False)
+    assert other == Objection("task", "invited to flowers.py:b, this agent was started with --task ./flowers.py")
+
+
 @pytest.mark.parametrize(
     ("hours", "open_hours"),
     [

@@ -117,12 +117,94 @@ def test_what_makes_a_task_is_what_the_protocol_says():
     assert set(registry._MEMBERS) == {name for name in vars(Task) if not name.startswith("_")}
 
 
+# Files
+
+
+@pytest.fixture
+def task_file(module, tmp_path, monkeypatch):
+    """Write a file with a task; the reference to it is relative to a directory that Python knows nothing of."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def write(code, name="kept_file", header=A_TASK):
+        path = tmp_path / "apart" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(header) + textwrap.dedent(code))
+        return f"../apart/{name}.py"
+
+    yield write
+    while str(tmp_path / "apart") in sys.path:
+        sys.path.remove(str(tmp_path / "apart"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "",
+        "class Better(Counting): pass",
+        "mine = Counting()",
+        "class Better(Counting): pass\nmine = Better()\n_other = Counting()",
+        "mine = also = Counting()",
+        "task = Counting()\nother = Counting()",
+        "class Other(Counting): pass\ndef task(): return Counting()",
+        "import abc\nclass Half(Counting, abc.ABC):\n    @abc.abstractmethod\n    def rest(self): ...\nCounting = Counting",
+    ],
+    ids=["a class", "a subclass", "an instance", "of a subclass", "two names", "task", "a function", "an abstract one"],
+)
+def test_the_one_task_of_a_file_is_found_without_its_name(task_file, code):
+    assert find_task(task_file(code)).name == "counting"
+
+
+def test_a_file_imports_what_lies_beside_it_and_tasks_from_there_are_not_its_own(task_file):
+    task_file("", name="kept_sibling")
+    reference = task_file("from kept_sibling import Counting\nclass Mine(Counting): name = 'mine'", header="")
+    assert find_task(reference).name == "mine"
+
+
+def test_an_object_of_a_file_is_found_by_its_name_from_any_directory(task_file, tmp_path):
+    reference = task_file("a, b = Counting(), Counting()\nb.name = 'second'")
+    for path in (reference, str(tmp_path / "apart" / "kept_file.py")):
+        assert find_task(f"{path}:b").name == "second"
+
+
+def test_a_file_s_name_need_be_no_identifier(task_file):
+    assert find_task(task_file("", name="kept-2")).name == "counting"
+
+
+def test_a_file_with_several_tasks_or_with_none_is_told_what_to_do(task_file):
+    reference = task_file("a, b = Counting(), Counting()")
+    assert error_of(reference) == f"task {reference!r}: it holds 2 tasks, a, b: name one, as {reference}:a"
+    reference = task_file("from pathlib import Path", name="kept_empty", header="")
+    assert error_of(reference).startswith(f"task {reference!r}: nothing in it is a task. Make one, as `task = ...`")
+
+
+def test_a_file_that_is_not_there_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no file {tmp_path}/kept_none.py" in error_of("./kept_none.py:task")
+
+
+@pytest.mark.parametrize("name", ["types", "kept.dotted"])
+def test_a_file_with_a_name_that_cannot_be_imported_is_to_be_renamed(task_file, name):
+    assert "rename the file" in error_of(task_file("", name=name))
+
+
+def test_a_file_that_fails_says_what_it_raised(task_file):
+    assert "importing kept_file failed: ZeroDivisionError: division by zero" in error_of(task_file("1 / 0"))
+
+
+def test_a_module_that_is_not_found_but_lies_here_as_a_file_is_met_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept_here.py").write_text("")
+    assert "Did you mean the file, './kept_here.py'?" in error_of("kept_here:task")
+
+
 # What is not
 
 
 def test_a_misspelt_name_is_met_with_the_nearest_and_with_all_that_are_known():
     assert error_of("digit") == (
-        "task 'digit': not known. Did you mean 'digits'? Known are digits; yours is named as package.module:object."
+        "task 'digit': not known. Did you mean 'digits'? Known are digits; yours is named as package.module:object, or by "
+        "its file, as ./my_task.py."
     )
 
 
@@ -139,8 +221,9 @@ def test_a_name_like_none_is_met_with_what_there_is(reference):
     "reference", [":", "a:", ":b", "a b:c", "a:b:c", "../a:b", "a..b:c", ".a:b", "a:b.", "a:b()", "a-b:c"]
 )
 def test_a_reference_that_is_none_is_refused_before_anything_is_imported(reference):
-    assert (
-        error_of(reference) == f"task {reference!r}: expected package.module:object, such as my_tasks.images:ImageTask"
+    assert error_of(reference) == (
+        f"task {reference!r}: expected package.module:object, such as my_tasks.images:ImageTask, or a file, such as "
+        "./my_task.py"
     )
 
 

@@ -230,6 +230,10 @@ def test_runs_have_ids_of_their_own_and_the_latest_comes_first(store):
     assert store.run(first)["number"] == 1
     assert store.run("none") is None
     assert create(store, task="a:---").startswith("run-")
+    assert create(store, task="my_task.py").startswith("my-task-")
+    assert create(store, task="my_task.py:Cnn").startswith("cnn-")
+    assert create(store, task="my_task.py:task").startswith("my-task-")
+    assert create(store, task="my.tasks.images:task").startswith("images-")
     assert len(create(store, task="x" * 200)) <= 64
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from midge.wire.errors import TopicError
-from midge.wire.identifiers import PATTERN, check_identifier, is_identifier
+from midge.wire.identifiers import PATTERN, check_identifier, is_identifier, task_name
 from tests.wire.examples import NOT_IDENTIFIERS
 
 
@@ -46,3 +46,18 @@ def test_the_message_shows_what_was_seen_though_not_all_of_something_long():
     assert str(caught.value) == (
         f"run '{'X' * 77}...': expected 1 to 64 characters of a-z, 0-9, _ and -, starting with a-z or 0-9"
     )
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("digits", "digits"),
+        ("my.tasks:Images.best", "my.tasks:Images.best"),
+        ("./my_task.py", "my_task.py"),
+        ("/opt/ta:sks/my_task.py:task", "my_task.py:task"),
+        ("~/my_task.py", "my_task.py"),
+    ],
+)
+def test_the_name_of_a_task_has_no_directories(reference, name):
+    assert task_name(reference) == name
+    assert task_name(name) == name
