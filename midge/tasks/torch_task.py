@@ -130,9 +130,14 @@ class TorchTask(ABC):
     """A task with a torch model, trained on the CPU. Implements `midge.tasks.base.Task`."""
 
     name: ClassVar[str]
-    """What messages and tables call it."""
+    """What messages and tables call it; the class's name unless given."""
     supports_proximal: ClassVar[bool] = True
     """Whether `train` adds the proximal term that `TrainSpec.proximal_mu` asks for; one that overrides it says so anew."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -188,7 +193,7 @@ class TorchTask(ABC):
         model = self._loaded(state).train()
         optimizer = self.make_optimizer(model, spec)
         proximal = _Proximal(model, spec.proximal_mu)
-        tell = _Paced(progress)
+        tell = Paced(progress)
         order = torch.Generator().manual_seed(spec.seed)
         loss = 0.0
         with torch.random.fork_rng(devices=[]):
@@ -287,7 +292,7 @@ def state_of(model: nn.Module) -> dict[str, NDArray[Any]]:
                 f"entry {name} of the state dictionary is of {tensor.dtype}: expected floating point, an integer type or "
                 "bool; register a buffer that need not travel with persistent=False"
             )
-        state[name] = np.array(tensor.numpy())
+        state[name] = np.array(tensor.cpu().numpy())
     return state
 
 
@@ -304,7 +309,7 @@ def load_state(model: nn.Module, state: State) -> None:
         raise TaskError(f"the state does not fit the task's model: {' '.join(str(error).split())}") from None
 
 
-class _Paced:
+class Paced:
     """Hands on a fraction at most once in `PROGRESS_INTERVAL_S`."""
 
     def __init__(self, progress: Callable[[float], None]) -> None:
@@ -312,6 +317,7 @@ class _Paced:
         self._next = time.monotonic() + PROGRESS_INTERVAL_S
 
     def __call__(self, fraction: float) -> None:
+        """So far along, 0 to 1."""
         now = time.monotonic()
         if now >= self._next and fraction < 1:
             self._next = now + PROGRESS_INTERVAL_S

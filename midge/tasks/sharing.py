@@ -1,0 +1,87 @@
+"""An agent's share of a data set that knows nothing of agents: what `DataSpec` says, done to tensors or to a torch data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from midge.tasks.base import DataSpec, TaskError
+from midge.tasks.partition import select
+
+Examples: TypeAlias = tuple[Tensor, Tensor] | Dataset[Any]
+"""Inputs and targets as two tensors of equal length, or a data set with a length, of (input, target)."""
+
+_NEED_LABELS = ("shards", "dirichlet")
+
+
+def is_share(spec: DataSpec) -> bool:
+    """Whether `spec` leaves anything out."""
+    return bool(spec.classes or spec.partition or spec.num_parts > 1 or spec.sel_prob < 1)
+
+
+def share(data: Examples, spec: DataSpec) -> Examples:
+    """The examples that `spec` gives its agent, in the order that `data` has them in; `data` itself where that is all.
+
+    Raises:
+        TaskError: `spec` needs labels, and these cannot be read; or it makes no sense for them, see `select`.
+    """
+    if not is_share(spec):
+        return data
+    indices = select(_labels_for(data, spec), spec)
+    if isinstance(data, tuple):
+        return data[0][indices], data[1][indices]
+    return Subset(data, indices.tolist())
+
+
+def labels_of(data: Examples) -> NDArray[np.int64] | None:
+    """The label of each example, int64[num_examples]; None where there is not one integer an example.
+
+    Data sets of torchvision have them in `targets` or `labels`; of others every example is read.
+    """
+    if isinstance(data, tuple):
+        return _as_labels(data[1])
+    if isinstance(data, TensorDataset):
+        return _as_labels(data.tensors[-1])
+    if isinstance(data, Subset):
+        of_all = labels_of(data.dataset)
+        return None if of_all is None else of_all[np.asarray(data.indices, np.int64)]
+    for attribute in ("targets", "labels"):
+        labels = _as_labels(getattr(data, attribute, None))
+        if labels is not None and len(labels) == len(cast("Sized", data)):
+            return labels
+    targets = []
+    for index in range(len(cast("Sized", data))):
+        example: Any = data[index]
+        if not isinstance(example, tuple | list) or len(example) != 2:
+            return None
+        targets.append(example[1])
+    return _as_labels(targets)
+
+
+def _labels_for(data: Examples, spec: DataSpec) -> NDArray[np.int64]:
+    labels = labels_of(data)
+    if labels is not None:
+        return labels
+    if spec.classes or spec.partition.startswith(_NEED_LABELS):
+        wanted = f"classes {spec.classes}" if spec.classes else f"partition {spec.partition}"
+        raise TaskError(
+            f"{wanted}: the labels of a {type(data).__name__} cannot be read: expected one integer an example, in `targets` or "
+            "as the second of each example. Let the function that loads the data take the DataSpec as `spec`, and deal for "
+            "itself with midge.tasks.partition.select."
+        )
+    return np.zeros(len(data[1]) if isinstance(data, tuple) else len(cast("Sized", data)), np.int64)
+
+
+def _as_labels(targets: Any) -> NDArray[np.int64] | None:
+    if targets is None:
+        return None
+    try:
+        labels = np.asarray(targets)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or tensors that are elsewhere
+        return None
+    return labels.astype(np.int64) if labels.ndim == 1 and labels.dtype.kind in "iub" else None
