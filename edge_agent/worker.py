@@ -19,7 +19,7 @@ import numpy as np
 from edge_agent import worker_messages as msg
 from edge_agent.agent_events import FinishedUpdate
 from edge_agent.journal import write_update
-from midge.tasks.base import DataSpec, FollowsRounds, Score, Task, TaskError, Trained, TrainSpec, seed_of
+from midge.tasks.base import DataSpec, FollowsRounds, Score, ShowsModel, Task, TaskError, Trained, TrainSpec, seed_of
 from midge.tasks.flatten import difference, layout_of, state_to_vector, vector_to_state
 from midge.tasks.inspection import summarize
 from midge.tasks.process import serve
@@ -111,7 +111,7 @@ class Worker:
         task, data = self._load()
         assert self._setup is not None
         layout = Layout(request.head.layout)
-        self._check_layout(task, layout, request)
+        self._check_layout(task, data, layout, request)
         elements = np.memmap(request.model_path, dtype="<f4", mode="r", shape=(layout.num_elements,))
         state = vector_to_state(np.asarray(elements), request.head.counters, layout)
 
@@ -143,7 +143,7 @@ class Worker:
         trained = task.train(state, data, spec, progress)
         _write_update(request, layout, trained, score, time.monotonic() - began)
 
-    def _check_layout(self, task: Task, layout: Layout, request: msg.TrainModel) -> None:
+    def _check_layout(self, task: Task, data: Any, layout: Layout, request: msg.TrainModel) -> None:
         """Compare the run's model with the task's own, once for each layout.
 
         Raises:
@@ -152,7 +152,7 @@ class Worker:
         if layout.digest in self._fitting_layouts:
             return
         try:
-            own = layout_of(task.initial_state(0))
+            own = layout_of(task.model_state(data) if isinstance(task, ShowsModel) else task.initial_state(0))
         except Exception:  # noqa: BLE001  where to begin may be what the coordinator's machine alone has, weights on disk say
             own = layout
         wrong = difference(own, layout)

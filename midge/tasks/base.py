@@ -134,6 +134,14 @@ class FollowsRounds(Protocol):
         """The evaluation and the training that follow are of this round."""
 
 
+@runtime_checkable
+class ShowsModel(Protocol):
+    """A task that can tell its model's names, shapes and types for less than `initial_state` costs."""
+
+    def model_state(self, data: Any) -> State:
+        """Any state of this device's model, whatever its values."""
+
+
 def seed_of(run_seed: int, round_num: int, agent_id: str) -> int:
     """The seed of one agent's training in one round: the same round trained again gives the same bits."""
     entropy = [run_seed, round_num, *agent_id.encode()]

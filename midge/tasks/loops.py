@@ -110,6 +110,10 @@ class LoopTask:
         with seeded(seed):
             return state_of(self._net if isinstance(self._net, nn.Module) else self._net())
 
+    def model_state(self, data: LoopData) -> State:  # noqa: ARG002  the network does not depend on it
+        """The state of the network that is kept."""
+        return state_of(self._kept_net())
+
     def load_data(self, spec: DataSpec) -> LoopData:
         """What the user's function gives, or the share of its training data that `spec` says."""
         with seeded(spec.seed):
@@ -171,11 +175,14 @@ class LoopTask:
         return Score(num_examples=num_examples_of(data.test), loss=loss, metrics=metrics)
 
     def _loaded(self, state: State) -> nn.Module:
+        load_state(self._kept_net(), state)
+        return self._kept_net()
+
+    def _kept_net(self) -> nn.Module:
         if self._own_net is None:
             with seeded(0):
                 self._own_net = self._net if isinstance(self._net, nn.Module) else self._net()
             self._own_net.to(self._device)
-        load_state(self._own_net, state)
         return self._own_net
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from midge.tasks.base import Score
+from midge.tasks.user_code import numbers_of
 from midge.wire.messages import Evaluation
 
 _LARGEST = 1e300
@@ -13,8 +14,8 @@ _MAX_NAME_LENGTH = 64
 
 
 def fitting(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those metrics that are finite: as many, with names as long, as a message holds."""
-    numbers = {str(name)[:_MAX_NAME_LENGTH]: float(value) for name, value in metrics.items()}
+    """Those metrics that are finite numbers: as many, with names as long, as a message holds."""
+    numbers = {name[:_MAX_NAME_LENGTH]: value for name, value in numbers_of(metrics).items()}
     fit = [(name, number) for name, number in numbers.items() if abs(number) <= _LARGEST]
     return dict(fit[:_MAX_METRICS])
 

@@ -170,6 +170,10 @@ class TorchTask(ABC):
             torch.manual_seed(seed)
             return state_of(self.build_model())
 
+    def model_state(self, data: Data) -> State:  # noqa: ARG002  the model does not depend on it
+        """The state of the model that is kept."""
+        return state_of(self._model)
+
     def num_examples(self, data: Data) -> int:
         """How many examples there are.
 

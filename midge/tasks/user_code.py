@@ -53,11 +53,11 @@ def named_parameters(function: Callable[..., Any], known: set[str], what: str, *
     Raises:
         TaskError: it takes fewer than `first`, or another one has no default.
     """
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = list(_signature(function).parameters.values())
     by_position = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     takes_any = any(each.kind is each.VAR_POSITIONAL for each in parameters)
     if len(by_position) < first and not takes_any:
-        raise TaskError(f"{what}{inspect.signature(function)}: expected at least {first} parameters")
+        raise TaskError(f"{what}{_signature(function)}: expected at least {first} parameters")
     given = by_position[:first]
     rest = [
         each for each in parameters if each not in given and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
@@ -65,7 +65,7 @@ def named_parameters(function: Callable[..., Any], known: set[str], what: str, *
     strangers = [each.name for each in rest if each.name not in known and each.default is each.empty]
     if strangers:
         raise TaskError(
-            f"{what}{inspect.signature(function)}: nobody can say what {', '.join(strangers)} should be: give a default, or "
+            f"{what}{_signature(function)}: nobody can say what {', '.join(strangers)} should be: give a default, or "
             f"wrap it in a function that does. Known are {', '.join(sorted(known))}"
         )
     return [each.name for each in rest if each.name in known]
@@ -134,5 +134,13 @@ def _of_data(spec: DataSpec) -> dict[str, Any]:
     }
 
 
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Of a function in C that does not tell: none."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return inspect.Signature()
+
+
 def _required(function: Callable[..., Any]) -> set[str]:
-    return {name for name, each in inspect.signature(function).parameters.items() if each.default is each.empty}
+    return {name for name, each in _signature(function).parameters.items() if each.default is each.empty}
