@@ -25,6 +25,7 @@ from coordinator.driver import SupersededError
 from coordinator.http import SERVICE_FILE, HttpError
 from coordinator.models import ModelError, ModelStore
 from coordinator.run import RunState
+from coordinator.scoring import training_metrics
 from coordinator.service import Service
 from coordinator.store import Store, StoreError
 from midge import log
@@ -147,7 +148,8 @@ def models(state_dir: Path, run_id: str | None, *, as_json: bool) -> int:
         kept = ModelStore(state_dir / "models").digests()
         versions = [_version_view(version, kept) for version in store.versions(row["run_id"])]
         if as_json:
-            _print_json(versions)
+            training = training_metrics(store.kept_updates(row["run_id"]))
+            _print_json([{**version, "training": training.get(version["round_num"])} for version in versions])
             return 0
         table = Table("round", "digest", "updates", "examples", "loss", "accuracy", "seconds", "file")
         for version in versions:

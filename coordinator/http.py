@@ -5,6 +5,7 @@
 /readyz         200 while the broker can be reached and the state directory written; else 503 and why
 /api/v1/status  the board: run, round, agents, history
 /api/v1/runs, /api/v1/runs/{run_id}/versions, /api/v1/agents
+/api/v1/runs/{run_id}/updates  what each agent's updates said: metrics of the training and of the evaluation before it
 """
 
 from __future__ import annotations
@@ -86,6 +87,16 @@ def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: H
             return JSONResponse({"error": "there is no such run; /api/v1/runs lists them"}, 404)
         return _json(await run_in_threadpool(store.versions, run_id))
 
+    async def updates(request: Request) -> Response:
+        run_id = request.path_params["run_id"]
+        if await run_in_threadpool(store.run, run_id) is None:
+            return JSONResponse({"error": "there is no such run; /api/v1/runs lists them"}, 404)
+        kept = await run_in_threadpool(store.kept_updates, run_id)
+        views = [{"round_num": round_num, **msgspec.to_builtins(update)} for round_num, update in kept]
+        for view in views:
+            del view["counters"]  # a part of the model, and up to 16384 numbers
+        return _json(views)
+
     async def agents(request: Request) -> Response:  # noqa: ARG001
         return _json((await run_in_threadpool(shared.snapshot))["agents"])
 
@@ -97,6 +108,7 @@ def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: H
             Route("/api/v1/status", status),
             Route("/api/v1/runs", runs),
             Route("/api/v1/runs/{run_id}/versions", versions),
+            Route("/api/v1/runs/{run_id}/updates", updates),
             Route("/api/v1/agents", agents),
         ]
     )

@@ -80,3 +80,19 @@ class Scoring:
         sign = 1 if self._config.best_is_max else -1
         if self.best is None or sign * value > sign * self.best[1]:
             self.best = (round_num, value)
+
+
+def training_metrics(updates: Iterable[tuple[int, ev.AcceptedUpdate]]) -> dict[int, dict[str, float]]:
+    """By round, what its agents told of their training: means over their examples, of the metrics that all of them told."""
+    by_round: dict[int, list[ev.AcceptedUpdate]] = {}
+    for round_num, update in updates:
+        by_round.setdefault(round_num, []).append(update)
+    means = {}
+    for round_num, counted in by_round.items():
+        total = sum(update.num_examples for update in counted)
+        names = set.intersection(*(set(update.metrics) for update in counted))
+        means[round_num] = {
+            name: sum(update.metrics[name] * (update.num_examples / total) for update in counted)
+            for name in sorted(names)
+        }
+    return means

@@ -315,6 +315,12 @@ class Store:
         query = sa.select(_updates).where(_updates.c.run_id == run_id, _updates.c.round_num == round_num)
         return [_update_from(row) for row in self._rows(query.order_by(_updates.c.agent_id))]
 
+    def kept_updates(self, run_id: str) -> list[tuple[int, ev.AcceptedUpdate]]:
+        """The updates that count, with their round: of the last `KEPT_ROUNDS` rounds, in order of round and agent."""
+        query = sa.select(_updates).where(_updates.c.run_id == run_id)
+        rows = self._rows(query.order_by(_updates.c.round_num, _updates.c.agent_id))
+        return [(row["round_num"], _update_from(row)) for row in rows]
+
     def tallies(self, run_id: str) -> dict[tuple[str, str], int]:
         """How many updates of a run met which fate."""
         rows = self._rows(sa.select(_tallies).where(_tallies.c.run_id == run_id))

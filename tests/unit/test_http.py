@@ -127,6 +127,30 @@ def test_runs_and_their_versions_are_listed(talk):
     assert versions[0]["central"]["metrics"] == {"accuracy": 0.75}
 
 
+def test_what_each_update_said_is_listed_by_round_and_agent(talk):
+    run_id = talk.create_run()
+    assert talk.get(f"/api/v1/runs/{run_id}/updates") == (200, [])
+    update = ev.AcceptedUpdate(
+        agent_id="pi-1",
+        attempt=1,
+        update_digest="ab" * 32,
+        num_examples=7,
+        counters=(3,),
+        norm=0.5,
+        training_s=2.0,
+        metrics={"train_loss": 0.25},
+        evaluation=SCORE,
+    )
+    talk.store.save(run_id, [ev.SaveUpdate(1, update)])
+    status, (view,) = talk.get(f"/api/v1/runs/{run_id}/updates")
+    assert status == 200
+    assert (view["round_num"], view["agent_id"], view["num_examples"]) == (1, "pi-1", 7)
+    assert view["metrics"] == {"train_loss": 0.25}
+    assert view["evaluation"]["metrics"] == {"accuracy": 0.75}
+    assert "counters" not in view
+    assert talk.get("/api/v1/runs/none/updates")[0] == 404
+
+
 def test_a_run_without_versions_has_none_and_a_run_that_is_not_there_is_not_found(talk):
     assert talk.get(f"/api/v1/runs/{talk.create_run()}/versions") == (200, [])
     expected = (404, {"error": "there is no such run; /api/v1/runs lists them"})
