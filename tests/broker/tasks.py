@@ -4,6 +4,7 @@
     wide        1.2 MB in many frames, and an integer buffer
     batch_norm  a torch model with batch normalisation
     four_rows   the toy of two workers in turn: one linear layer of torch, two rows of data each
+    echo        a client as Flower has them, which tells what it was told
 
 An agent's data directory is the test's remote control of that agent:
 
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSpec
+from midge.tasks.numpy_client import numpy_client_task
 
 NUM_FEATURES = 4
 NUM_WIDE = 300_000
@@ -175,9 +177,25 @@ def four_rows() -> Any:
     return FourRowsTask()
 
 
+class EchoClient:
+    """Of the shape of Flower's NumPyClient: it halves a vector, counts, and tells of what it was told."""
+
+    def get_parameters(self, config):
+        return [np.full((2, 2), 8, np.float32), np.zeros((), np.int64)]
+
+    def fit(self, parameters, config):
+        vector, count = parameters
+        told = {key: config[key] for key in ("server_round", "local_epochs", "learning_rate", "width")}
+        return [vector / 2, count + 1], 5, {**told, "mood": "fine"}
+
+    def evaluate(self, parameters, config):
+        return float(parameters[0].mean()), 7, {"told_of_round": config["server_round"], "accuracy": 0.5}
+
+
 linear = LinearTask()
 wide = WideTask()
 one_class = OneClassTask()
+echo = numpy_client_task(EchoClient)
 
 
 def fingerprint(state: State) -> str:
