@@ -186,6 +186,22 @@ def export(run_id: str, which: str, path: Path, state_dir: Path) -> None:
 
 
 @main.command()
+@click.argument("name", metavar="NAME")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="The directory to make [default: NAME].")
+def new(name: str, directory: Path | None) -> None:
+    """Write a small project that trains at once: task, settings, Compose file, test, README. Overwrites nothing.
+
+    \b
+    Examples:
+      coordinator new flowers
+      coordinator new flowers --dir ~/projects/flowers
+    """
+    from coordinator import project  # noqa: PLC0415
+
+    sys.exit(project.create(name, directory))
+
+
+@main.command()
 @click.option("--rounds", type=click.IntRange(1, 1000), default=30, show_default=True, help="Rounds of the federation.")
 @click.option(
     "--agents", "num_agents", type=click.IntRange(2, 10), default=3, show_default=True, help="Agent processes."

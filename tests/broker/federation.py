@@ -78,7 +78,9 @@ def call_json(module: str, *arguments: str) -> Any:
 class Program:
     """One of our programs, as a process in a session of its own."""
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], directory: Path) -> None:
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[str], directory: Path, *, cwd: Path | None = None
+    ) -> None:
         self.name = name
         directory.mkdir(parents=True, exist_ok=True)
         self._log = directory / f"{name}.log"
@@ -89,6 +91,7 @@ class Program:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(),
+                cwd=cwd,
                 start_new_session=True,
             )
         self.pid = self._process.pid
