@@ -1,8 +1,8 @@
 """What a task is: the model, this device's data, how to train and how to evaluate.
 
 A task speaks in state dictionaries of NumPy arrays, so that nothing but the task itself need know torch. The built-in ones
-are examples to read; yours is named as `package.module:object` on both sides, and nothing else changes. With a
-torch model, start from `midge.tasks.torch_task.TorchTask`, which needs less.
+are examples to read; yours is named as `package.module:object`, or by its file, on both sides, and nothing else changes.
+With a torch model, start from `simple`, `loops`, `numpy_client` or `torch_task`, which need less: docs/tasks.md.
 
 Whatever is about skew or partition belongs to `load_data`: `DataSpec` says what this agent was started with.
 """

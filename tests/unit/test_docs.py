@@ -114,7 +114,7 @@ def test_every_page_is_reached_from_the_readme():
 def test_files_that_a_page_names_exist(path):
     kinds = "py|md|toml|yml|yaml|json|conf|service|txt"
     for code in inline_code(path):
-        if re.fullmatch(rf"[\w.@-]+(/[\w.@-]+)+\.({kinds})", code) and not code.startswith("my_"):
+        if re.fullmatch(rf"[\w.@-]+(/[\w.@-]+)+\.({kinds})", code) and not Path(code).name.startswith("my_"):
             assert (ROOT / code).exists() or (path.parent / code).exists(), f"`{code}`: there is no such file"
 
 
