@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
 from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSpec
-from midge.tasks.sharing import is_share, labels_of, share
+from midge.tasks.inspection import labels_of
+from midge.tasks.sharing import is_share, share
 from midge.tasks.torch_task import EVALUATION_BATCH, Paced, load_state, state_of
 from midge.tasks.user_code import DataFunction, named_parameters, number, numbers_of, round_config, seeded
 

@@ -8,9 +8,10 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset
 
 from midge.tasks.base import DataSpec, TaskError
+from midge.tasks.inspection import labels_of
 from midge.tasks.partition import select
 
 Examples: TypeAlias = tuple[Tensor, Tensor] | Dataset[Any]
@@ -38,31 +39,6 @@ def share(data: Examples, spec: DataSpec) -> Examples:
     return Subset(data, indices.tolist())
 
 
-def labels_of(data: Examples) -> NDArray[np.int64] | None:
-    """The label of each example, int64[num_examples]; None where there is not one integer an example.
-
-    Data sets of torchvision have them in `targets` or `labels`; of others every example is read.
-    """
-    if isinstance(data, tuple):
-        return _as_labels(data[1])
-    if isinstance(data, TensorDataset):
-        return _as_labels(data.tensors[-1])
-    if isinstance(data, Subset):
-        of_all = labels_of(data.dataset)
-        return None if of_all is None else of_all[np.asarray(data.indices, np.int64)]
-    for attribute in ("targets", "labels"):
-        labels = _as_labels(getattr(data, attribute, None))
-        if labels is not None and len(labels) == len(cast("Sized", data)):
-            return labels
-    targets = []
-    for index in range(len(cast("Sized", data))):
-        example: Any = data[index]
-        if not isinstance(example, tuple | list) or len(example) != 2:
-            return None
-        targets.append(example[1])
-    return _as_labels(targets)
-
-
 def _labels_for(data: Examples, spec: DataSpec) -> NDArray[np.int64]:
     labels = labels_of(data)
     if labels is not None:
@@ -75,13 +51,3 @@ def _labels_for(data: Examples, spec: DataSpec) -> NDArray[np.int64]:
             "itself with midge.tasks.partition.select."
         )
     return np.zeros(len(data[1]) if isinstance(data, tuple) else len(cast("Sized", data)), np.int64)
-
-
-def _as_labels(targets: Any) -> NDArray[np.int64] | None:
-    if targets is None:
-        return None
-    try:
-        labels = np.asarray(targets)
-    except (TypeError, ValueError, RuntimeError):  # ragged, or tensors that are elsewhere
-        return None
-    return labels.astype(np.int64) if labels.ndim == 1 and labels.dtype.kind in "iub" else None
