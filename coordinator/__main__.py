@@ -2,7 +2,7 @@
 
 import sys
 
-from coordinator.interrupts import exit_at_once
+from coordinator.experiment.interrupts import exit_at_once
 
 _EXTRAS = {"sqlalchemy", "starlette", "uvicorn", "prometheus_client", "rich", "safetensors", "matplotlib", "amqtt"}
 

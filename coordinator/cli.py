@@ -225,6 +225,6 @@ def demo(rounds: int, num_agents: int, out: Path, as_json: bool, broker: str | N
       coordinator demo
       coordinator demo --rounds 10 --agents 5 --out /tmp/demo --json
     """
-    from coordinator import demo as demonstration  # noqa: PLC0415
+    from coordinator.experiment import demo as demonstration  # noqa: PLC0415
 
     sys.exit(demonstration.run(rounds, num_agents, out, as_json=as_json, broker=broker, seed=seed))

@@ -18,10 +18,10 @@ import pytest
 from rich.console import Console
 
 from coordinator.board import AgentView, Board, RoundView, Shared
-from coordinator.demo_agents import deal_labels
-from coordinator.demo_federation import Plan
-from coordinator.demo_screen import LiveScreen
-from coordinator.report import Learned, Report, Round, judge
+from coordinator.experiment.agents import deal_labels
+from coordinator.experiment.demo_report import Learned, Report, Round, judge
+from coordinator.experiment.demo_screen import LiveScreen
+from coordinator.experiment.federation import Plan
 from midge.transport.base import MessageReceived
 from midge.wire.messages import Evaluation
 from tests.environment import unmeasured
@@ -160,7 +160,7 @@ MOMENTS = {
     "while the broker starts": lambda demo: demo.look(),
     "while agents start": lambda demo: demo.has("edge_agent", 2),
     "while agents train": lambda demo: demo.has("edge_agent.worker", 2),
-    "while it compares": lambda demo: demo.has("coordinator.baselines"),
+    "while it compares": lambda demo: demo.has("coordinator.experiment.baselines"),
 }
 
 

@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from coordinator.config import Settings, load_settings
-from coordinator.demo_agents import AgentPlan, Agents, deal_labels, last_words
 from coordinator.driver import SupersededError
+from coordinator.experiment.agents import AgentPlan, Agents, deal_labels, last_words
+from coordinator.experiment.demo_report import Round
+from coordinator.experiment.interrupts import Interrupts
 from coordinator.http import HttpError
-from coordinator.interrupts import Interrupts
 from coordinator.models import ModelError
 from coordinator.publisher import clear_retained
-from coordinator.report import Round
 from coordinator.run import RunState
 from coordinator.service import Service
 from coordinator.store import Store, StoreError

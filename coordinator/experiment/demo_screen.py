@@ -8,11 +8,11 @@ from typing import Protocol, Self
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from coordinator.baselines import CENTRALIZED, SINGLE_AGENT
 from coordinator.board import Shared
-from coordinator.demo_federation import Plan
 from coordinator.display import Display, progress_row
-from coordinator.report import Round
+from coordinator.experiment.baselines import CENTRALIZED, SINGLE_AGENT
+from coordinator.experiment.demo_report import Round
+from coordinator.experiment.federation import Plan
 from coordinator.run import RunState
 
 

@@ -1,4 +1,4 @@
-"""What the federation is compared with, computed in a process of its own: `python -m coordinator.baselines`.
+"""What the federation is compared with, computed in a process of its own: `python -m coordinator.experiment.baselines`.
 
 It trains on the first agent's data alone, then on all data in one place, with the task's own code, from the federation's
 first model, on the same budget of epochs. As many epochs as an agent makes in a round are one round here: training alone is
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from coordinator.experiment.demo_report import Learned, Report, Round
 from coordinator.models import ModelStore
-from coordinator.report import Learned, Report, Round
 from midge.tasks.base import DataSpec, State, TrainSpec, seed_of
 from midge.tasks.process import serve
 
@@ -170,7 +170,7 @@ def _handle(payload: bytes, reply: Callable[[bytes], None]) -> None:
 def _answer(request: Request, reply: Callable[[bytes], None]) -> Reply:
     if isinstance(request, Compare):
         return _Comparison(request, reply).run()
-    from coordinator.picture import draw  # noqa: PLC0415  with it comes matplotlib
+    from coordinator.experiment.demo_picture import draw  # noqa: PLC0415  with it comes matplotlib
 
     draw(request.report, Path(request.path))
     return Drawn()

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from coordinator.report import Learned, Report
+from coordinator.experiment.demo_report import Learned, Report
 
 _FEDERATED = "#0b6e99"
 _ALONE = "#d9730d"

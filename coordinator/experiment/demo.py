@@ -1,8 +1,8 @@
 """The demonstration: label-skewed agents learn together what none of them can learn alone, as processes over MQTT.
 
-    1  a broker, the coordinator (in this process) and the agents train together             demo_federation, demo_agents
+    1  a broker, the coordinator (in this process) and the agents train together             federation, agents
     2  a process trains on the first agent's data alone, then on all data in one place       baselines
-    3  it tests all three, and draws the picture; the tables and the verdict follow          report, picture
+    3  it tests all three, and draws the picture; the tables and the verdict follow          demo_report, demo_picture
 
 One after the other, so that what each takes on a small machine can be compared. This process loads neither torch nor
 matplotlib: it is always free to redraw the screen, and to end within a moment of Ctrl-C. How it ends: `interrupts`.
@@ -23,12 +23,12 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from coordinator import baselines
-from coordinator.demo_agents import DEF_PROB, SEL_PROB
-from coordinator.demo_federation import DemoError, Federation, Outcome, Plan
-from coordinator.demo_screen import LiveScreen, PlainScreen, Screen
-from coordinator.interrupts import Interrupted, Interrupts
-from coordinator.report import Report, judge, summary, table
+from coordinator.experiment import baselines
+from coordinator.experiment.agents import DEF_PROB, SEL_PROB
+from coordinator.experiment.demo_report import Report, judge, summary, table
+from coordinator.experiment.demo_screen import LiveScreen, PlainScreen, Screen
+from coordinator.experiment.federation import DemoError, Federation, Outcome, Plan
+from coordinator.experiment.interrupts import Interrupted, Interrupts
 from midge import log
 from midge.tasks.process import Child
 
@@ -142,7 +142,7 @@ class _Helper:
         self._screen = screen
         self._replies: queue.SimpleQueue[baselines.Reply | None] = queue.SimpleQueue()
         self._child = Child(
-            "coordinator.baselines",
+            "coordinator.experiment.baselines",
             [],
             lambda reply: self._replies.put(baselines.decode_reply(reply)),
             lambda reason: self._replies.put(baselines.Failed(reason=reason)),
