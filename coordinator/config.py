@@ -27,6 +27,8 @@ from midge.wire.messages import Labels, Parameters
 MAX_AGENTS = 100_000
 NOT_SETTINGS = frozenset({"MIDGE_CONFIG"})
 """Names in the environment that belong to the command line."""
+COMPARE_TABLE = "compare"
+"""A table of the configuration file that is about `coordinator compare` alone."""
 
 
 class Settings(CommonSettings, frozen=True, kw_only=True):
@@ -168,7 +170,14 @@ def load_settings(
         midge.settings.SettingsError: something is wrong; it says everything that is.
     """
     return sources.load(
-        Settings, file=file, environ=environ, options=options, assignments=assignments, check=check, ignore=ignore
+        Settings,
+        file=file,
+        environ=environ,
+        options=options,
+        assignments=assignments,
+        check=check,
+        ignore=ignore,
+        other_tables=(COMPARE_TABLE,),
     )
 
 

@@ -84,6 +84,8 @@ def load(
     assignments: Sequence[str] = (),
     check: Callable[[S], Sequence[Problem]] | None = None,
     ignore: Collection[str] = (),
+    table: str = "",
+    other_tables: Collection[str] = (),
 ) -> S:
     """Settings of this `kind`, from all sources.
 
@@ -96,6 +98,8 @@ def load(
         assignments: `key=value` each, from `--set`; the last one of a key counts.
         check: finds what is wrong between fields, or needs more than a limit to say.
         ignore: names in the environment that are no settings, such as MIDGE_CONFIG.
+        table: of the file, take what stands in this table, where there is one; empty for the top of the file.
+        other_tables: of the file, leave these to others.
 
     Raises:
         SettingsError: something is wrong; it holds every problem that was found.
@@ -109,7 +113,7 @@ def load(
     places: dict[str, str] = {}
     wrong: set[str] = set()
     for given in (
-        *_from_file(file, problems),
+        *_from_file(file, problems, table, other_tables),
         *_from_environment(environ or {}, ignore),
         *_from_options(options or {}),
         *_from_assignments(assignments, problems),
@@ -256,7 +260,7 @@ class _Given:
     spelling: str = "{}"
 
 
-def _from_file(file: Path | None, problems: list[str]) -> Iterator[_Given]:
+def _from_file(file: Path | None, problems: list[str], table: str, other_tables: Collection[str]) -> Iterator[_Given]:
     if file is None:
         return
     try:
@@ -265,7 +269,16 @@ def _from_file(file: Path | None, problems: list[str]) -> Iterator[_Given]:
         problems.append(f"{_plain(str(file))}: {_reason(error)}")
         return
     name = _plain(file.name)
+    if table:
+        inner = values.get(table, {})
+        if isinstance(inner, dict):
+            yield from (_Given(f"{name}, [{table}]", key, value) for key, value in inner.items())
+        else:
+            problems.append(f"{name}: {table} is {_shown(inner)}: expected a table, [{table}]")
+        return
     for key, value in values.items():
+        if key in other_tables:
+            continue
         line = _line_of(key, text, is_json=file.suffix == ".json")
         yield _Given(f"{name}, line {line}" if line else name, key, value)
 

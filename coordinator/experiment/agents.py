@@ -1,7 +1,7 @@
-"""The demonstration's agents: processes of their own, that reach the coordinator by MQTT alone, as from any other machine.
+"""Agents of an experiment: processes of their own, that reach the coordinator by MQTT alone, as from any other machine.
 
 Each is a plain `edge-agent run`, started with `--while-stdin-open`: its standard input is a pipe of ours, which ends when we
-do, by SIGKILL too. So no agent outlives the demonstration. Each is in a session of its own, so that Ctrl-C reaches us alone.
+do, by SIGKILL too. So no agent outlives the experiment. Each is in a session of its own, so that Ctrl-C reaches us alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-SEL_PROB = 1.0
-DEF_PROB = 0.05
+from coordinator.experiment.holding import Holding
 
 _TAIL_LINES = 8
 _STOP_TIMEOUT_S = 5.0
@@ -25,25 +23,10 @@ _STOP_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class AgentPlan:
-    """One agent: its name, and the labels of which it has every example. Of those of other labels it has 5 %."""
+    """One agent: its name, and what it holds."""
 
     agent_id: str
-    classes: tuple[int, ...]
-
-    @property
-    def shown_classes(self) -> str:
-        """The labels, as options and people have them."""
-        return ",".join(map(str, self.classes))
-
-
-def deal_labels(num_agents: int) -> list[tuple[int, ...]]:
-    """Deal the ten labels, 1 to 9 and then 0, in order and as evenly as possible, smaller hands first.
-
-    For three agents that is STADLE's skew: 1,2,3 and 4,5,6 and 7,8,9,0.
-    """
-    labels = [*range(1, 10), 0]
-    cuts = [index * len(labels) // num_agents for index in range(num_agents + 1)]
-    return [tuple(labels[start:stop]) for start, stop in pairwise(cuts)]
+    holding: Holding
 
 
 class Agents:
@@ -51,18 +34,25 @@ class Agents:
 
     Args:
         federation: that they join.
-        seed: of the choice of the 5 %.
-        directory: where their state lies.
+        task: what they learn.
+        directory: where their state lies, a folder each.
         log_dir: where each writes its log, such as `agent-1.log`.
         connection: settings as `MIDGE_...` in the environment: the broker's URL may hold a password, and everyone can
             read a command line. No other such setting reaches them.
+        threads: that each trains with.
     """
 
     def __init__(
-        self, federation: str, seed: int, directory: Path, log_dir: Path, connection: Mapping[str, str]
+        self,
+        federation: str,
+        task: str,
+        directory: Path,
+        log_dir: Path,
+        connection: Mapping[str, str],
+        threads: int = 1,
     ) -> None:
-        self._options = [f"--federation={federation}", "--task=digits", f"--set=data_seed={seed}"]
-        self._options += [f"--sel-prob={SEL_PROB}", f"--def-prob={DEF_PROB}", f"--state-dir={directory}", "--threads=1"]
+        self._options = [f"--federation={federation}", f"--task={task}", f"--state-dir={directory}"]
+        self._options += [f"--threads={threads}"]
         self._options += ["--set=check_data=false"]  # they train at once, and their data are ours
         self._log_dir = log_dir
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("MIDGE_")}
@@ -71,7 +61,7 @@ class Agents:
 
     def start(self, plan: AgentPlan) -> None:
         """Start one."""
-        own = [f"--agent-id={plan.agent_id}", f"--classes={plan.shown_classes}"]
+        own = [f"--agent-id={plan.agent_id}", *(f"--set={one}" for one in plan.holding.assignments())]
         with self._log_of(plan.agent_id).open("wb") as log:
             self._processes[plan.agent_id] = subprocess.Popen(
                 [sys.executable, "-m", "edge_agent", "run", "--while-stdin-open", *own, *self._options],

@@ -1,179 +1,330 @@
-"""What the federation is compared with, computed in a process of its own: `python -m coordinator.experiment.baselines`.
+"""What a federation is compared with, computed in a process of its own: `python -m coordinator.experiment.baselines`.
 
-It trains on the first agent's data alone, then on all data in one place, with the task's own code, from the federation's
-first model, on the same budget of epochs. As many epochs as an agent makes in a round are one round here: training alone is
-what the first agent does when nobody else takes part, with the seeds that it had. The process also tests the federation's
-last model label by label, and draws the report: so neither torch nor matplotlib is ever loaded where the agents are waited for.
+It trains on one agent's data alone, or on all data in one place, with the task's own code, from the federation's first model.
+As many epochs as an agent makes in a round are one round here: training alone is what an agent does when nobody else takes
+part, with the seeds that it had. The process also tests models label by label and agent by agent, and draws: so neither torch
+nor matplotlib is ever loaded where the agents are waited for.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from coordinator.experiment.demo_report import Learned, Report, Round
+from coordinator.experiment.demo_report import Report
+from coordinator.experiment.holding import Holding
+from coordinator.experiment.scores import Held, LabelScore, RoundScore, Score, Tested
 from coordinator.models import ModelStore
-from midge.tasks.base import DataSpec, State, TrainSpec, seed_of
+from midge.tasks.base import State, Task, TaskError, TrainSpec, seed_of
 from midge.tasks.process import serve
+from midge.tasks.registry import find_task
+from midge.wire.messages import TrainingConfig
 
-if TYPE_CHECKING:
-    from midge.tasks.digits import DigitsTask
-
-SINGLE_AGENT = "single_agent"
 CENTRALIZED = "centralized"
+"""Who trains on all data in one place, for `seed_of`."""
 
 
-class Compare(msgspec.Struct, frozen=True, kw_only=True, tag="compare"):
-    """Train both, and test all three.
+class Survey(msgspec.Struct, frozen=True, kw_only=True, tag="survey"):
+    """Look at everybody's data, and at what the task can tell.
 
     Attributes:
-        models_dir: where the federation's models lie.
-        last_digest: of its last model.
-        rounds: as many as it had.
-        training: the round's configuration, without its seed.
-        seed: of the run.
-        data_seed: of the agents' choice of data.
-        agent_id: of the first agent.
-        classes: the labels that it owns.
-        sel_prob: its share of those.
-        def_prob: its share of the others.
+        central: all data in one place; None where nobody asks.
     """
 
-    models_dir: str
-    last_digest: str
-    rounds: int
-    local_epochs: int
-    batch_size: int
-    learning_rate: float
+    task: str
+    agents: dict[str, Holding]
+    central: Holding | None
+
+
+class Train(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
+    """Train without a federation.
+
+    Attributes:
+        way: what `Advanced` calls it.
+        trainer: whose seeds: an agent's, or `CENTRALIZED`.
+        holding: what is trained on.
+        seed: of the run.
+        rounds: how many.
+        training: the round's configuration.
+        steps: gradient steps to make in each round; empty for as many epochs a round as `training` says.
+        agents: on whose data the last model is tested, besides the test data.
+    """
+
+    task: str
+    way: str
+    trainer: str
+    holding: Holding
     seed: int
-    data_seed: int
-    agent_id: str
-    classes: tuple[int, ...]
-    sel_prob: float
-    def_prob: float
+    rounds: int
+    training: TrainingConfig
+    steps: tuple[int, ...] = ()
+    agents: dict[str, Holding] = {}
+
+
+class Test(msgspec.Struct, frozen=True, kw_only=True, tag="test"):
+    """Test a stored model."""
+
+    task: str
+    models_dir: str
+    digest: str
+    agents: dict[str, Holding] = {}
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True, tag="draw"):
-    """Draw the report into a PNG file."""
+    """Draw the demonstration's report into a PNG file."""
 
     report: Report
     path: str
+
+
+class Surveyed(msgspec.Struct, frozen=True, kw_only=True, tag="surveyed"):
+    """What the data are.
+
+    Attributes:
+        agents: by agent.
+        central: all data in one place; None where nobody asked.
+        test: the test data.
+        counts_steps: whether the task can end a training after a number of steps.
+        versions: of the libraries that train.
+    """
+
+    agents: dict[str, Held]
+    central: Held | None
+    test: Held
+    counts_steps: bool
+    versions: dict[str, str]
 
 
 class Advanced(msgspec.Struct, frozen=True, kw_only=True, tag="advanced"):
     """A round of one way of learning is done."""
 
     way: str
-    round: Round
+    round: RoundScore
 
 
-class Compared(msgspec.Struct, frozen=True, kw_only=True, tag="compared"):
-    """What all three came to. Of the federation only what is found by testing is filled in."""
+class Learnt(msgspec.Struct, frozen=True, kw_only=True, tag="learnt"):
+    """What training came to.
 
-    federated: Learned
-    single_agent: Learned
-    centralized: Learned
+    Attributes:
+        rounds: from 0, which is before any training.
+        start_s: what it took to load torch and the data.
+    """
+
+    rounds: list[RoundScore]
+    tested: Tested
+    start_s: float
 
 
 class Drawn(msgspec.Struct, frozen=True, kw_only=True, tag="drawn"):
-    """The file is written."""
+    """The files are written."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """It cannot be done."""
+    """It cannot be done. `is_of_task`: a task said what to do about it."""
 
     reason: str
+    is_of_task: bool = False
 
 
-Request = Compare | Draw
-Reply = Advanced | Compared | Drawn | Failed
+Request = Survey | Train | Test | Draw
+Result = Surveyed | Learnt | Tested | Drawn
+Reply = Advanced | Result | Failed
 
 encode = msgspec.json.Encoder().encode
 decode_reply = msgspec.json.Decoder(Reply).decode
 _decode_request = msgspec.json.Decoder(Request).decode
 
 
-class _Comparison:
-    """The data, and how each model does on them."""
+class Bench:
+    """A task, and the data that were asked for, kept from one request to the next."""
 
-    def __init__(self, job: Compare, reply: Callable[[bytes], None]) -> None:
+    def __init__(self, reference: str) -> None:
         began = time.monotonic()
-        from midge.tasks.digits import DigitsTask  # noqa: PLC0415  the parent imports this file for its messages
+        self.reference = reference
+        self.task: Task = find_task(reference)
+        self.test: Any = self.task.test_data()
+        if self.test is None:
+            raise TaskError(f"task {reference}: it has no test data, without which nothing can be compared")
+        self._data: dict[Holding, Any] = {}
+        self.start_s = time.monotonic() - began
 
-        self._job = job
-        self._reply = reply
-        self._task: DigitsTask = DigitsTask()
-        self._test = self._task.test_data()
-        images, labels = self._test
-        others = np.flatnonzero(~np.isin(labels.numpy(), job.classes))
-        self._others = (images[others], labels[others])
-        self._start_s = time.monotonic() - began
+    def data(self, holding: Holding) -> Any:
+        """What somebody trains on."""
+        if holding not in self._data:
+            self._data[holding] = self.task.load_data(holding.spec())
+        return self._data[holding]
 
-    def run(self) -> Compared:
-        """Train both and test all three."""
-        job = self._job
-        own = DataSpec(classes=job.classes, sel_prob=job.sel_prob, def_prob=job.def_prob, seed=job.data_seed)
-        with ModelStore(Path(job.models_dir)).open(job.last_digest) as model:
-            federated = self._tested(model.state(), [], 0.0)
-        return Compared(
-            federated=federated,
-            single_agent=self._train(SINGLE_AGENT, job.agent_id, own),
-            centralized=self._train(CENTRALIZED, CENTRALIZED, DataSpec()),
+    def survey(self, job: Survey) -> Surveyed:
+        """Look at the data."""
+        agents = {agent_id: self._held(self.data(holding), agent_id) for agent_id, holding in job.agents.items()}
+        first = self.data(next(iter(job.agents.values())))
+        probe = self.task.train(self.task.initial_state(0), first, TrainSpec(batch_size=8, max_steps=1), _nothing)
+        return Surveyed(
+            agents=agents,
+            central=None if job.central is None else self._held(self.data(job.central), "all data in one place"),
+            test=self._held(self.test, "the test data"),
+            counts_steps=probe.num_steps == 1,
+            versions=_versions(),
         )
 
-    def _train(self, way: str, seed_name: str, spec: DataSpec) -> Learned:
-        job, task = self._job, self._task
-        data, state = task.load_data(spec), task.initial_state(job.seed)
-        rounds: list[Round] = []
+    def train(self, job: Train, advanced: Callable[[RoundScore], None]) -> Learnt:
+        """Train, and test after each round."""
+        state = self.task.initial_state(job.seed)
+        rounds = [self._scored(0, state, 0, 0.0)]
+        advanced(rounds[0])
+        data, seconds = self.data(job.holding), time.monotonic()
+        for number, (trained, num_steps) in enumerate(self._train_rounds(job, state, data), start=1):
+            state = trained
+            rounds.append(self._scored(number, state, num_steps, time.monotonic() - seconds))
+            advanced(rounds[-1])
+            seconds = time.monotonic()
+        return Learnt(rounds=rounds, tested=self.tested(state, job.agents), start_s=self.start_s)
+
+    def _train_rounds(self, job: Train, state: State, data: Any) -> Iterator[tuple[State, int]]:
+        """After each round the state, and the steps that were made in it."""
+        steps_a_pass = steps_of(self.task.num_examples(data), job.training.batch_size)
+        owed = 0
+        counts_steps = True
         for number in range(1, job.rounds + 1):
-            began = time.monotonic()
-            training = TrainSpec(
-                local_epochs=job.local_epochs,
-                batch_size=job.batch_size,
-                learning_rate=job.learning_rate,
-                seed=seed_of(job.seed, number, seed_name),
-            )
-            state = task.train(state, data, training, _nothing).state
-            duration_s = time.monotonic() - began
-            score = task.evaluate(state, self._test)
-            accuracy = score.metrics["accuracy"]
-            rounds.append(Round(round=number, accuracy=accuracy, loss=score.loss, duration_s=duration_s))
-            self._reply(encode(Advanced(way=way, round=rounds[-1])))
-        return self._tested(state, rounds, self._start_s + sum(one.duration_s for one in rounds))
+            epochs, most = job.training.local_epochs, 0
+            if job.steps:
+                owed += job.steps[number - 1]
+                most = owed if counts_steps else 0
+                epochs = math.ceil(owed / steps_a_pass) if counts_steps else owed // steps_a_pass
+            made = 0
+            if epochs:
+                spec = TrainSpec(
+                    local_epochs=epochs,
+                    batch_size=job.training.batch_size,
+                    learning_rate=job.training.learning_rate,
+                    momentum=job.training.momentum,
+                    seed=seed_of(job.seed, number, job.trainer),
+                    extra=job.training.extra,
+                    max_steps=most,
+                )
+                trained = self.task.train(state, data, spec, _nothing)
+                state, made = trained.state, trained.num_steps or epochs * steps_a_pass
+                counts_steps = bool(trained.num_steps)
+            owed -= made
+            yield state, made
 
-    def _tested(self, state: State, rounds: Sequence[Round], wall_s: float) -> Learned:
-        score = self._task.evaluate(state, self._test)
-        by_label = self._task.accuracy_by_label(state, self._test)
-        return Learned(
-            accuracy=score.metrics["accuracy"],
-            loss=score.loss,
-            accuracy_other_labels=self._task.evaluate(state, self._others).metrics["accuracy"],
-            accuracy_by_label={str(label): accuracy for label, accuracy in by_label.items()},
-            wall_s=wall_s,
-            rounds=list(rounds),
+    def tested(self, state: State, agents: Mapping[str, Holding]) -> Tested:
+        """Test a model."""
+        return Tested(
+            score=self._score(state, self.test),
+            by_label=self._by_label(state),
+            by_agent={agent_id: self._score(state, self.data(holding)) for agent_id, holding in agents.items()},
         )
 
+    def _by_label(self, state: State) -> dict[str, LabelScore]:
+        accuracy_by_label = getattr(self.task, "accuracy_by_label", None)
+        labels = labels_of(self.test)
+        if accuracy_by_label is None or not labels:
+            return {}
+        try:
+            found = accuracy_by_label(state, self.test)
+        except TaskError:
+            return {}  # its targets are no classes
+        return {
+            str(label): LabelScore(num_examples=labels.get(str(label), 0), accuracy=accuracy)
+            for label, accuracy in found.items()
+        }
 
-def _handle(payload: bytes, reply: Callable[[bytes], None]) -> None:
-    request = _decode_request(payload)
-    try:
-        reply(encode(_answer(request, reply)))
-    except Exception as error:  # noqa: BLE001  whatever it is, the demonstration says so and ends
-        reply(encode(Failed(reason=f"{type(error).__name__}: {error}")))
+    def _score(self, state: State, data: Any) -> Score:
+        score = self.task.evaluate(state, data)
+        accuracy = score.metrics.get("accuracy")
+        return Score(
+            num_examples=score.num_examples,
+            loss=float(score.loss),
+            accuracy=None if accuracy is None else float(accuracy),
+        )
+
+    def _scored(self, number: int, state: State, num_steps: int, duration_s: float) -> RoundScore:
+        score = self._score(state, self.test)
+        return RoundScore(
+            round=number, loss=score.loss, accuracy=score.accuracy, num_steps=num_steps, duration_s=duration_s
+        )
+
+    def _held(self, data: Any, whose: str) -> Held:
+        num_examples = self.task.num_examples(data)
+        if num_examples < 1:
+            raise TaskError(f"task {self.reference}: {whose}: no example")
+        return Held(num_examples=num_examples, by_label=labels_of(data))
 
 
-def _answer(request: Request, reply: Callable[[bytes], None]) -> Reply:
-    if isinstance(request, Compare):
-        return _Comparison(request, reply).run()
-    from coordinator.experiment.demo_picture import draw  # noqa: PLC0415  with it comes matplotlib
+def steps_of(num_examples: int, batch_size: int) -> int:
+    """Gradient steps in one pass: batches, the last of which may be smaller; one where a batch holds all."""
+    return math.ceil(num_examples / batch_size) if batch_size else 1
 
-    draw(request.report, Path(request.path))
-    return Drawn()
+
+def labels_of(data: Any) -> dict[str, int]:
+    """How many examples there are of each label, where data are inputs and integer labels; else nothing."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return {}
+    labels = np.asarray(data[1])
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return {}
+    found, counts = np.unique(labels, return_counts=True)
+    return {str(label): int(count) for label, count in zip(found.tolist(), counts.tolist(), strict=True)}
+
+
+def _versions() -> dict[str, str]:
+    import platform  # noqa: PLC0415
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
+    found = {"python": platform.python_version()}
+    for name in ("midge", "torch", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class _Server:
+    """Serves requests, with the task of the last one at hand."""
+
+    def __init__(self) -> None:
+        self._bench: Bench | None = None
+
+    def handle(self, payload: bytes, reply: Callable[[bytes], None]) -> None:
+        """Serve one request."""
+        request = _decode_request(payload)
+        try:
+            reply(encode(self._answer(request, reply)))
+        except TaskError as error:
+            reply(encode(Failed(reason=str(error), is_of_task=True)))
+        except Exception as error:  # noqa: BLE001  whatever it is, the experiment says so and ends
+            reply(encode(Failed(reason=f"{type(error).__name__}: {error}")))
+
+    def _answer(self, request: Request, reply: Callable[[bytes], None]) -> Result:
+        match request:
+            case Survey():
+                return self._bench_of(request.task).survey(request)
+            case Train():
+                return self._bench_of(request.task).train(
+                    request, lambda done: reply(encode(Advanced(way=request.way, round=done)))
+                )
+            case Test():
+                bench = self._bench_of(request.task)
+                with ModelStore(Path(request.models_dir)).open(request.digest) as model:
+                    return bench.tested(model.state(), request.agents)
+            case Draw():
+                from coordinator.experiment.demo_picture import draw  # noqa: PLC0415  with it comes matplotlib
+
+                draw(request.report, Path(request.path))
+                return Drawn()
+
+    def _bench_of(self, reference: str) -> Bench:
+        if self._bench is None or self._bench.reference != reference:
+            self._bench = Bench(reference)
+        return self._bench
 
 
 def _nothing(_: Any) -> None:
@@ -182,7 +333,7 @@ def _nothing(_: Any) -> None:
 
 def main() -> None:
     """Entry point of the process."""
-    serve(_handle, lambda _: False)
+    serve(_Server().handle, lambda _: False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ matplotlib: it is always free to redraw the screen, and to end within a moment o
 from __future__ import annotations
 
 import importlib.util
-import queue
 import shlex
 import shutil
 import sys
@@ -24,13 +23,16 @@ import msgspec
 from rich.console import Console
 
 from coordinator.experiment import baselines
-from coordinator.experiment.agents import DEF_PROB, SEL_PROB
-from coordinator.experiment.demo_report import Report, judge, summary, table
+from coordinator.experiment.agents import AgentPlan, last_words
+from coordinator.experiment.demo_plan import CENTRALIZED, SINGLE_AGENT, Plan
+from coordinator.experiment.demo_report import Learned, Report, Round, judge, summary, table
 from coordinator.experiment.demo_screen import LiveScreen, PlainScreen, Screen
-from coordinator.experiment.federation import DemoError, Federation, Outcome, Plan
+from coordinator.experiment.federation import ExperimentError, Federation, Outcome
+from coordinator.experiment.helper import Helper
+from coordinator.experiment.holding import Holding
 from coordinator.experiment.interrupts import Interrupted, Interrupts
+from coordinator.experiment.scores import RoundScore, Tested
 from midge import log
-from midge.tasks.process import Child
 
 _NEEDED = {"torch": "torch", "sklearn": "torch", "matplotlib": "coordinator"}
 
@@ -60,7 +62,7 @@ def run(rounds: int, num_agents: int, out: Path, *, as_json: bool, broker: str |
     except Interrupted as interrupted:
         _errors.print(f"coordinator: {interrupted}")
         return interrupted.status
-    except DemoError as error:
+    except ExperimentError as error:
         _errors.print(f"coordinator: {error}", markup=False, soft_wrap=True)
         return error.status
     _show(plan, report, as_json=as_json)
@@ -71,109 +73,100 @@ def _prepare(plan: Plan) -> None:
     """See to it that everything needed is there, before anything is started."""
     for module, extra in _NEEDED.items():
         if importlib.util.find_spec(module) is None:
-            raise DemoError(f"{module} is not installed: pip install 'midge[{extra}]'", status=2)
+            raise ExperimentError(f"{module} is not installed: pip install 'midge[{extra}]'", status=2)
     try:
         plan.log_dir.mkdir(parents=True, exist_ok=True)
         stream = (plan.log_dir / "coordinator.log").open("w", encoding="utf-8")
     except OSError as error:
-        raise DemoError(f"{plan.out}: {error.strerror}; choose another directory with --out", status=2) from error
+        raise ExperimentError(f"{plan.out}: {error.strerror}; choose another directory with --out", status=2) from error
     log.setup(stream=stream)
 
 
 def _demonstrate(plan: Plan, interrupts: Interrupts, *, as_json: bool) -> Report:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="midge-demo-") as scratch, ExitStack() as at_end:
-        with Federation(plan, Path(scratch)) as federation:
+        with Federation(plan.federation(Path(scratch))) as federation:
             interrupts.check()
             screen = at_end.enter_context(_screen(plan, federation, as_json=as_json))
             outcome = federation.run(interrupts, screen.look)
         # Its processes have ended, and the machine is free.
-        helper = _Helper(interrupts, screen)
+        helper = Helper(interrupts, lambda way, done: screen.advanced(way, _round(done)))
         at_end.callback(helper.stop)
         report = _compare(plan, federation, outcome, helper)
-        helper.ask(baselines.Draw(report=report, path=str(plan.out / "report.png")))
+        helper.draw(baselines.Draw(report=report, path=str(plan.out / "report.png")))
     interrupts.check()
     report.wall_s = time.monotonic() - began
     (plan.out / "report.json").write_bytes(_json(report))
     return report
 
 
-def _compare(plan: Plan, federation: Federation, outcome: Outcome, helper: _Helper) -> Report:
+def _compare(plan: Plan, federation: Federation, outcome: Outcome, helper: Helper) -> Report:
     settings, first = federation.settings, plan.agents[0]
-    reply = helper.ask(
-        baselines.Compare(
-            models_dir=str(plan.state_dir / "models"),
-            last_digest=outcome.last_digest,
-            rounds=plan.rounds,
-            local_epochs=settings.local_epochs,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
+    models_dir = str(plan.state_dir / "models")
+    federated = helper.test(baselines.Test(task=settings.task, models_dir=models_dir, digest=outcome.last_digest))
+
+    def train(way: str, trainer: str, holding: Holding) -> Learned:
+        request = baselines.Train(
+            task=settings.task,
+            way=way,
+            trainer=trainer,
+            holding=holding,
             seed=plan.seed,
-            data_seed=plan.seed,
-            agent_id=first.agent_id,
-            classes=first.classes,
-            sel_prob=SEL_PROB,
-            def_prob=DEF_PROB,
+            rounds=plan.rounds,
+            training=plan.training,
         )
-    )
-    assert isinstance(reply, baselines.Compared)
-    federated = msgspec.structs.replace(reply.federated, rounds=list(outcome.rounds), wall_s=outcome.wall_s)
+        learnt = helper.train(request)
+        rounds = [_round(one) for one in learnt.rounds[1:]]
+        return learned(learnt.tested, first, rounds, learnt.start_s + sum(one.duration_s for one in rounds))
+
     report = Report(
-        federated=federated,
-        single_agent=reply.single_agent,
-        centralized=reply.centralized,
+        federated=learned(federated, first, _federated_rounds(plan, outcome), outcome.wall_s),
+        single_agent=train(SINGLE_AGENT, first.agent_id, first.holding),
+        centralized=train(CENTRALIZED, baselines.CENTRALIZED, Holding()),
         broker=federation.broker,
         wall_s=0.0,
         run_id=outcome.run_id,
         task=settings.task,
         seed=plan.seed,
         local_epochs=settings.local_epochs,
-        agents={agent.agent_id: list(agent.classes) for agent in plan.agents},
+        agents={agent.agent_id: list(agent.holding.classes) for agent in plan.agents},
     )
     report.problems = judge(report)
     return report
 
 
-class _Helper:
-    """The process that trains without a federation, and draws."""
+def learned(tested: Tested, first: AgentPlan, rounds: list[Round], wall_s: float) -> Learned:
+    """What one way of learning came to, as the report has it."""
+    return Learned(
+        accuracy=tested.score.accuracy or 0.0,
+        loss=tested.score.loss,
+        accuracy_other_labels=tested.accuracy_without(first.holding.classes),
+        accuracy_by_label={label: one.accuracy for label, one in tested.by_label.items()},
+        wall_s=wall_s,
+        rounds=rounds,
+    )
 
-    def __init__(self, interrupts: Interrupts, screen: Screen) -> None:
-        self._interrupts = interrupts
-        self._screen = screen
-        self._replies: queue.SimpleQueue[baselines.Reply | None] = queue.SimpleQueue()
-        self._child = Child(
-            "coordinator.experiment.baselines",
-            [],
-            lambda reply: self._replies.put(baselines.decode_reply(reply)),
-            lambda reason: self._replies.put(baselines.Failed(reason=reason)),
-            {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+
+def _federated_rounds(plan: Plan, outcome: Outcome) -> list[Round]:
+    rounds = []
+    for one in outcome.rounds[1:]:
+        if one.score is None:
+            log_file = plan.log_dir / "coordinator.log"
+            raise ExperimentError(f"the model of round {one.round_num} was not evaluated. {last_words(log_file)}")
+        rounds.append(
+            Round(
+                round=one.round_num,
+                accuracy=one.score.metrics["accuracy"],
+                loss=one.score.loss,
+                duration_s=one.duration_s,
+                num_updates=one.num_updates,
+            )
         )
+    return rounds
 
-    def ask(self, request: baselines.Request) -> baselines.Compared | baselines.Drawn:
-        """Have it done, and show how it goes on.
 
-        Raises:
-            DemoError: it failed, or the process died.
-            Interrupted: a signal came.
-        """
-        self._child.send(baselines.encode(request))
-        # A SimpleQueue may be put to in the midst of a get, so by the signal handler too.
-        with self._interrupts.waking(lambda: self._replies.put(None)):
-            while True:
-                match reply := self._replies.get():
-                    case baselines.Advanced():
-                        self._screen.advanced(reply.way, reply.round)
-                    case baselines.Failed():
-                        raise DemoError(f"the comparison failed: {reply.reason}")
-                    case None:
-                        break
-                    case _:
-                        return reply
-        raise AssertionError("woken without a signal")
-
-    def stop(self) -> None:
-        """End it."""
-        self._child.stop()
+def _round(done: RoundScore) -> Round:
+    return Round(round=done.round, accuracy=done.accuracy or 0.0, loss=done.loss or 0.0, duration_s=done.duration_s)
 
 
 def _screen(plan: Plan, federation: Federation, *, as_json: bool) -> Screen:

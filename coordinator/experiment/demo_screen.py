@@ -10,9 +10,9 @@ from rich.text import Text
 
 from coordinator.board import Shared
 from coordinator.display import Display, progress_row
-from coordinator.experiment.baselines import CENTRALIZED, SINGLE_AGENT
+from coordinator.experiment.agents import AgentPlan
+from coordinator.experiment.demo_plan import CENTRALIZED, SINGLE_AGENT, Plan
 from coordinator.experiment.demo_report import Round
-from coordinator.experiment.federation import Plan
 from coordinator.run import RunState
 
 
@@ -43,7 +43,7 @@ class LiveScreen:
         self._names = {SINGLE_AGENT: f"{plan.agents[0].agent_id} alone", CENTRALIZED: "all data in one place"}
         self._done: dict[str, Round] = {}
         title = f"Midge: {plan.num_agents} agents learn to read digits, over MQTT ({broker})"
-        captions = {agent.agent_id: f"has {agent.shown_classes}" for agent in plan.agents}
+        captions = {agent.agent_id: f"has {_classes(agent)}" for agent in plan.agents}
         self._display = Display(shared, console, title, captions=captions, below=self._below, transient=True)
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class PlainScreen:
         self._last_round = -1
 
     def __enter__(self) -> Self:
-        hands = "; ".join(f"{agent.agent_id} has {agent.shown_classes}" for agent in self._plan.agents)
+        hands = "; ".join(f"{agent.agent_id} has {_classes(agent)}" for agent in self._plan.agents)
         self._say(f"{self._plan.num_agents} agents learn to read digits, over MQTT ({self._broker}): {hands}")
         return self
 
@@ -121,3 +121,7 @@ class PlainScreen:
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
+
+
+def _classes(agent: AgentPlan) -> str:
+    return ",".join(map(str, agent.holding.classes))

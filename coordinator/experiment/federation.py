@@ -1,4 +1,4 @@
-"""The demonstration's federation: a broker, the coordinator in this process, and agents; whatever happens, they end together.
+"""The federation of an experiment: a broker, the coordinator in this process, and agents; whatever happens, they end together.
 
 A broker that was given with `--broker` may have others on it: the federation gets a name that nobody has, agents get ids
 that no common set-up has, and in the end the broker is made to forget what it was told to keep.
@@ -14,12 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
+
+import msgspec
 
 from coordinator.config import Settings, load_settings
 from coordinator.driver import SupersededError
-from coordinator.experiment.agents import AgentPlan, Agents, deal_labels, last_words
-from coordinator.experiment.demo_report import Round
+from coordinator.experiment.agents import AgentPlan, Agents, last_words
+from coordinator.experiment.attendance import Attendance
 from coordinator.experiment.interrupts import Interrupts
 from coordinator.http import HttpError
 from coordinator.models import ModelError
@@ -33,19 +35,19 @@ from midge.transport.address import Address, AddressError
 from midge.transport.base import Connected, TransportEvent
 from midge.transport.brokers import BrokerError, Kind, LocalBroker, start_local_broker
 from midge.transport.mqtt import MqttTransport
+from midge.wire.messages import Evaluation
 from midge.wire.topics import Topics
 
 LOCAL_BROKERS: dict[str, Kind] = {"mosquitto": "mosquitto", "embedded": "embedded"}
 
-_TRAINING = {"local_epochs": 2, "batch_size": 10, "learning_rate": 0.1}
-_DEADLINES = {"start_deadline_s": 60.0, "selection_deadline_s": 30.0, "round_deadline_s": 120.0, "max_attempts": 2}
+ATTENDANCE_FILE = "attendance.jsonl"
 _UNREACHABLE_S = 15.0
 _CLEARING_S = 3.0
 _CONNECTION = ("USERNAME", "PASSWORD", "PASSWORD_FILE", "CA_FILE", "CERT_FILE", "KEY_FILE")
 
 
-class DemoError(Exception):
-    """The demonstration cannot go on. `status` is what to exit with: 1 it failed, 2 it was wrongly used."""
+class ExperimentError(Exception):
+    """The experiment cannot go on. `status` is what to exit with: 1 it failed, 2 it was wrongly used."""
 
     def __init__(self, text: object, status: int = 1) -> None:
         super().__init__(str(text))
@@ -53,39 +55,46 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be shown.
+class FederationPlan:
+    """Who learns what together.
 
     Attributes:
-        rounds: of the federation.
-        num_agents: 2 to 10.
-        seed: of every random choice.
+        settings: of the coordinator, but for its connection.
+        agents: who takes part.
         broker: URL of one to use, or which one to start; None for whichever is there.
-        out: directory for all results.
+        agents_dir: where the agents keep their state.
+        log_dir: for everybody's log.
+        threads: that each agent trains with.
     """
 
-    rounds: int
-    num_agents: int
-    seed: int
+    settings: Settings
+    agents: Sequence[AgentPlan]
     broker: str | None
-    out: Path
-
-    @property
-    def agents(self) -> list[AgentPlan]:
-        """Who takes part. Elsewhere than on a broker of our own, `agent-1` may be the name of somebody."""
-        stem = "agent" if self.broker is None or self.broker in LOCAL_BROKERS else "demo-agent"
-        hands = deal_labels(self.num_agents)
-        return [AgentPlan(agent_id=f"{stem}-{number}", classes=hand) for number, hand in enumerate(hands, start=1)]
+    agents_dir: Path
+    log_dir: Path
+    threads: int = 1
 
     @property
     def state_dir(self) -> Path:
         """Of the coordinator."""
-        return self.out / "state"
+        return Path(self.settings.state_dir)
 
-    @property
-    def log_dir(self) -> Path:
-        """Of everybody."""
-        return self.out / "logs"
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedRound:
+    """A version that the federation made; 0 is the initial model.
+
+    Attributes:
+        score: central; None where it was not evaluated.
+        num_examples: by agent, of each update that counted.
+    """
+
+    round_num: int
+    digest: str
+    score: Evaluation | None
+    duration_s: float
+    num_updates: int
+    num_examples: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,27 +103,29 @@ class Outcome:
 
     Attributes:
         run_id: of its run.
-        last_digest: of its last model.
-        rounds: how each version does.
+        rounds: every version, from 0.
         wall_s: from the start of the agents to the last model, evaluated.
     """
 
     run_id: str
-    last_digest: str
-    rounds: Sequence[Round]
+    rounds: Sequence[CommittedRound]
     wall_s: float
+
+    @property
+    def last_digest(self) -> str:
+        """Of the last model."""
+        return self.rounds[-1].digest
 
 
 class Federation:
     """All of it, while it is entered.
 
     Args:
-        plan: what is to be shown.
-        scratch: a directory for what nobody wants to keep.
+        plan: who learns what.
 
     Attributes:
         service: the coordinator.
-        settings: its settings.
+        settings: its settings, with its connection.
         broker: "mosquitto" or "embedded", or the address of the one that was given.
     """
 
@@ -122,9 +133,8 @@ class Federation:
     settings: Settings
     broker: str
 
-    def __init__(self, plan: Plan, scratch: Path) -> None:
+    def __init__(self, plan: FederationPlan) -> None:
         self._plan = plan
-        self._scratch = scratch
         self._at_end = ExitStack()
         self._local: LocalBroker | None = None
         self._broker_dir = plan.log_dir / "broker"
@@ -138,7 +148,12 @@ class Federation:
             if self._local is None:
                 undo.callback(self._clear_broker)
             self._agents = Agents(
-                self.settings.federation, self._plan.seed, self._scratch / "agents", self._plan.log_dir, environ
+                self.settings.federation,
+                self.settings.task,
+                self._plan.agents_dir,
+                self._plan.log_dir,
+                environ,
+                self._plan.threads,
             )
             undo.callback(self._agents.stop)
             self._at_end = undo.pop_all()
@@ -153,7 +168,7 @@ class Federation:
         """Start the agents and run all rounds; `look` is called after each turn of the coordinator.
 
         Raises:
-            DemoError: something died or failed; says what.
+            ExperimentError: something died or failed; says what.
             Interrupted: a signal came.
         """
         self._began = time.monotonic()
@@ -168,11 +183,11 @@ class Federation:
             with interrupts.waking(self.service.stop):
                 self.service.run(each_turn)
         except (SupersededError, OSError) as error:
-            raise DemoError(f"the coordinator failed: {error}") from error
+            raise ExperimentError(f"the coordinator failed: {error}") from error
         if self._problem:
-            raise DemoError(self._problem)
+            raise ExperimentError(self._problem)
         if self.service.state is not RunState.DONE:
-            raise DemoError(self._failure())
+            raise ExperimentError(self._failure())
         return self._outcome()
 
     def _reach_broker(self, undo: ExitStack) -> Mapping[str, str]:
@@ -185,25 +200,16 @@ class Federation:
         try:
             self._local = undo.enter_context(start_local_broker(kind, directory=self._broker_dir))
         except BrokerError as error:
-            raise DemoError(error) from error
+            raise ExperimentError(error) from error
         return {"MIDGE_BROKER": self._local.url}
 
     def _make_service(self, environ: Mapping[str, str]) -> None:
-        plan = self._plan
-        options: dict[str, Any] = {
-            "broker": environ["MIDGE_BROKER"],  # its place, where it is wrong, is the option
-            "federation": f"demo-{secrets.token_hex(3)}",
-            "task": "digits",
-            "rounds": plan.rounds,
-            "min_agents": plan.num_agents,
-            "seed": plan.seed,
-            "state_dir": str(plan.state_dir),
-            "http_port": 0,
-            **_TRAINING,
-            **_DEADLINES,
-        }
         try:
-            self.settings = load_settings(environ=environ, options=options)
+            # Of the broker: its place, where it is wrong, is the option.
+            connection = load_settings(environ=environ, options={"broker": environ["MIDGE_BROKER"]})
+            keys = ("broker", *(key.lower() for key in _CONNECTION))
+            given = {key: getattr(connection, key) for key in keys}
+            self.settings = msgspec.structs.replace(self._plan.settings, **given)
             self._address = Address.parse(
                 self.settings.broker,
                 username=self.settings.username or None,
@@ -214,12 +220,17 @@ class Federation:
             )
             self.broker = self._local.kind if self._local else str(self._address)
             self.service = Service(self.settings, self._address)
-            self.service.begin_run()
+            self._attendance = Attendance(self._plan.state_dir / ATTENDANCE_FILE)
+            if self.service.begin_run() == "begins":
+                self._attendance.clear()
         except (SettingsError, AddressError, StoreError, HttpError, ModelError) as error:
-            raise DemoError(error, status=2) from error
+            raise ExperimentError(error, status=2) from error
 
     def _watch(self) -> None:
-        """After each turn of the coordinator: is everybody there?"""
+        """After each turn of the coordinator: who took part, and is everybody there?"""
+        self._attendance.note(
+            self.service.store, self.service.run_id, max(self.service.shared.board.history, default=0)
+        )
         if self.service.state is RunState.DONE:
             self._done_at = self._done_at or time.monotonic()
         elif not self._problem:
@@ -245,34 +256,13 @@ class Federation:
         return "\n".join([f"the run failed: {board.reason}", *said, f"The logs are in {self._plan.log_dir}."])
 
     def _outcome(self) -> Outcome:
-        store = Store(self._plan.state_dir, read_only=True)
-        try:
-            versions = store.versions(self.service.run_id)
-        finally:
-            store.close()
-        rounds = []
-        for version in versions[1:]:
-            score = version["central"]
-            if score is None:
-                log = self._plan.log_dir / "coordinator.log"
-                raise DemoError(f"the model of round {version['round_num']} was not evaluated. {last_words(log)}")
-            rounds.append(
-                Round(
-                    round=version["round_num"],
-                    accuracy=score.metrics["accuracy"],
-                    loss=score.loss,
-                    duration_s=version["duration_s"],
-                    num_updates=version["num_updates"],
-                )
-            )
-        wall_s = self._done_at - self._began
-        return Outcome(run_id=self.service.run_id, last_digest=versions[-1]["digest"], rounds=rounds, wall_s=wall_s)
+        return outcome_of(self._plan.state_dir, self.service.run_id, self._done_at - self._began)
 
     def _clear_broker(self) -> None:
         """Have somebody else's broker forget all retained messages of this federation. Gives up after a while."""
         topics, run_id = Topics(self.settings.federation), self.service.run_id
         events: EventQueue[TransportEvent] = EventQueue()
-        transport = MqttTransport(self._address, f"demo-{secrets.token_hex(6)}", events)
+        transport = MqttTransport(self._address, f"experiment-{secrets.token_hex(6)}", events)
         transport.start()
         deadline = time.monotonic() + _CLEARING_S
         while (left_s := deadline - time.monotonic()) > 0:
@@ -283,6 +273,28 @@ class Federation:
             clear_retained(transport, topics, run_id, _num_frames(self._plan.state_dir, run_id))
             break
         transport.stop(_CLEARING_S)
+
+
+def outcome_of(state_dir: Path, run_id: str, wall_s: float = 0.0) -> Outcome:
+    """What the database says that a run came to."""
+    attendance = Attendance(state_dir / ATTENDANCE_FILE)
+    store = Store(state_dir, read_only=True)
+    try:
+        versions = store.versions(run_id)
+    finally:
+        store.close()
+    rounds = [
+        CommittedRound(
+            round_num=version["round_num"],
+            digest=version["digest"],
+            score=version["central"],
+            duration_s=version["duration_s"],
+            num_updates=version["num_updates"],
+            num_examples=attendance.rounds.get(version["round_num"], {}),
+        )
+        for version in versions
+    ]
+    return Outcome(run_id=run_id, rounds=rounds, wall_s=wall_s)
 
 
 def _num_frames(state_dir: Path, run_id: str) -> int:

@@ -62,6 +62,8 @@ class TrainSpec:
         seed: of every random choice; from (run seed, round, agent), so the same round trained again gives the same bits.
         round_num: of which round, from 1; 0 where there are no rounds.
         extra: what the task alone knows.
+        max_steps: end after so many gradient steps, in the midst of an epoch too; 0 for no such limit. Only comparisons
+            ask for it. A task that cannot ignores it, and leaves `Trained.num_steps` at 0.
     """
 
     local_epochs: int = 1
@@ -72,15 +74,20 @@ class TrainSpec:
     seed: int = 0
     round_num: int = 0
     extra: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    max_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What came of a training: the whole state after it, the examples it used, and metrics of the training itself."""
+    """What came of a training: the whole state after it, the examples it used, and metrics of the training itself.
+
+    `num_steps` is how many gradient steps it made, where the task counts them; else 0.
+    """
 
     state: State
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@
 last of which may be smaller; each batch is one step of SGD, `v = momentum · v + gradient; w = w - learning_rate · v`,
 with v zero at the start of every training. With a proximal term, each parameter's gradient is
 `gradient + mu · (w - w_global)`, that of `loss + mu / 2 · ||w - w_global||²`; the metric `loss` is without it. torch's
-global generator, which dropout draws from, starts from the same seed.
+global generator, which dropout draws from, starts from the same seed. `TrainSpec.max_steps`
+cuts the last epoch short.
 
 **What travels** is every entry of the state dictionary, as arrays. Integer buffers keep their type. bfloat16, which NumPy
 does not have, becomes float32 and is rounded back on loading.
@@ -199,11 +200,17 @@ class TorchTask(ABC):
         proximal = _Proximal(model, spec.proximal_mu)
         tell = Paced(progress)
         order = torch.Generator().manual_seed(spec.seed)
-        loss = 0.0
+        loss, num_steps = 0.0, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             for epoch in range(spec.local_epochs):
                 batches = _draw_batches(num_examples, spec.batch_size, order, join_lone=_has_batch_norm(model))
+                if spec.max_steps:
+                    batches = batches[: spec.max_steps - num_steps]
+                if not batches:
+                    break
+                num_steps += len(batches)
+                num_drawn = sum(map(len, batches))
                 loss = 0.0
                 for num_done, (inputs, targets) in enumerate(_take(data, batches), start=1):
                     optimizer.zero_grad()
@@ -211,12 +218,12 @@ class TorchTask(ABC):
                     torch.autograd.backward(batch_loss)
                     proximal.add()
                     optimizer.step()
-                    loss += batch_loss.item() * len(targets) / num_examples
+                    loss += batch_loss.item() * len(targets) / num_drawn
                     tell((epoch + num_done / len(batches)) / spec.local_epochs)
                 self._check_finite(loss, epoch, spec)
         optimizer.zero_grad()  # a warm model at rest needs no gradients
         progress(1.0)
-        return Trained(state=state_of(model), num_examples=num_examples, metrics={"loss": loss})
+        return Trained(state=state_of(model), num_examples=num_examples, metrics={"loss": loss}, num_steps=num_steps)
 
     def evaluate(self, state: State, data: Data) -> Score:
         """Mean loss, and `accuracy` where targets are classes (integers, with one output a class in dimension 1).

@@ -18,10 +18,9 @@ import pytest
 from rich.console import Console
 
 from coordinator.board import AgentView, Board, RoundView, Shared
-from coordinator.experiment.agents import deal_labels
+from coordinator.experiment.demo_plan import Plan, deal_labels
 from coordinator.experiment.demo_report import Learned, Report, Round, judge
 from coordinator.experiment.demo_screen import LiveScreen
-from coordinator.experiment.federation import Plan
 from midge.transport.base import MessageReceived
 from midge.wire.messages import Evaluation
 from tests.environment import unmeasured

@@ -471,3 +471,23 @@ def test_a_task_needs_a_model_and_data_and_has_no_test_data_of_its_own():
     task = ModelTask(perceptron)
     assert task.test_data() is None
     assert task.num_examples(task.load_data(DataSpec())) == 53
+
+
+def test_max_steps_ends_a_training_in_the_midst_of_an_epoch_and_steps_are_counted():
+    task = ModelTask(perceptron)
+    state = task.initial_state(0)
+
+    def train(local_epochs, max_steps):
+        spec = TrainSpec(local_epochs=local_epochs, batch_size=20, seed=1, max_steps=max_steps)
+        return task.train(state, clusters(), spec, nothing)
+
+    whole = train(2, 0)
+    assert whole.num_steps == 6  # 53 examples: 20, 20 and 13, twice
+    cut = train(9, 6)
+    assert cut.num_steps == 6
+    assert same_bits(cut.state, whole.state)
+    assert cut.metrics == whole.metrics
+    short = train(2, 4)
+    assert short.num_steps == 4
+    assert not same_bits(short.state, whole.state)
+    assert math.isfinite(short.metrics["loss"])
