@@ -228,3 +228,68 @@ def demo(rounds: int, num_agents: int, out: Path, as_json: bool, broker: str | N
     from coordinator.experiment import demo as demonstration  # noqa: PLC0415
 
     sys.exit(demonstration.run(rounds, num_agents, out, as_json=as_json, broker=broker, seed=seed))
+
+
+def _label_lists(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> Any:  # noqa: ARG001
+    try:
+        return [[int(label) for label in value.split(",") if label.strip()] for value in values] or None
+    except ValueError:
+        raise click.BadParameter(f"{', '.join(values)!r}: expected labels such as 1,2,3, once for each agent") from None
+
+
+@main.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path), envvar="MIDGE_CONFIG")
+@click.option("--task", metavar="TASK", help="What is learned: a built-in name or package.module:object.")
+@click.option("--rounds", type=int, metavar="N", help="Rounds of the federation.")
+@click.option("--seed", type=int, metavar="N", help="The first seed.")
+@click.option("--arms", metavar="A,B", help="federated, centralized, alone, alone:agent-2, local-average, fedsgd.")
+@click.option("--seeds", type=int, metavar="N", help="How often, each time with the next seed [default: 3].")
+@click.option("--agents", type=int, metavar="N", help="Agent processes [default: 3].")
+@click.option("--partition", metavar="P", help="How the data are dealt: iid, shards:2, dirichlet:0.3 [default: iid].")
+@click.option("--classes", multiple=True, metavar="1,2,3", callback=_label_lists, help="Labels, once for each agent.")
+@click.option("--sel-prob", type=float, metavar="P", help="Share of the examples of its labels that an agent has.")
+@click.option("--def-prob", type=float, metavar="P", help="Share of the examples of other labels.")
+@click.option("--data-dir", metavar="DIR", help="Where the data lie.")
+@click.option("--data-seed", type=int, metavar="N", help="Of the partition, which is the same for all seeds.")
+@click.option("--threads", type=int, metavar="N", help="Threads of each process that trains [default: 1].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="midge-compare", show_default=True, help="For all results."
+)
+@click.option(
+    "--broker",
+    metavar="URL|mosquitto|embedded",
+    help="Use this broker, or start that one [default: Mosquitto where it is installed, else the embedded one].",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the coordinator.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress.")
+def compare(
+    config: Path | None,
+    task: str | None,
+    rounds: int | None,
+    seed: int | None,
+    assignments: tuple[str, ...],
+    broker: str | None,
+    out: Path,
+    as_json: bool,
+    **table: Any,
+) -> None:
+    """See what federating buys: against all data in one place, and against agents that learn alone.
+
+    Runs each way of learning on the same budget of gradient steps, with several seeds; the federated ones as processes over
+    MQTT on this machine. CONFIG is a configuration file of the coordinator, which may have a table [compare].
+
+    \b
+    Examples:
+      coordinator compare --partition dirichlet:0.3 --agents 5 --rounds 20
+      coordinator compare experiment.toml --arms federated,centralized,alone:agent-2,local-average,fedsgd --seeds 5
+
+    Interrupted, and started again in the same way, it goes on where it was. The results are in the directory of --out: tables
+    (CSV, JSON), pictures, and one page to look at or to send, compare.html.
+    """
+    from coordinator.experiment import compare as comparison  # noqa: PLC0415
+
+    options = {"task": task, "rounds": rounds, "seed": seed}
+    code = comparison.run(
+        config, options=options, compare=table, assignments=assignments, broker=broker, out=out, as_json=as_json
+    )
+    sys.exit(code)

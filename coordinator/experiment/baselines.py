@@ -83,6 +83,13 @@ class Draw(msgspec.Struct, frozen=True, kw_only=True, tag="draw"):
     path: str
 
 
+class DrawComparison(msgspec.Struct, frozen=True, kw_only=True, tag="draw_comparison"):
+    """Draw a comparison, of which `path` is the JSON file, into PNG files of a directory."""
+
+    path: str
+    directory: str
+
+
 class Surveyed(msgspec.Struct, frozen=True, kw_only=True, tag="surveyed"):
     """What the data are.
 
@@ -132,7 +139,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     is_of_task: bool = False
 
 
-Request = Survey | Train | Test | Draw
+Request = Survey | Train | Test | Draw | DrawComparison
 Result = Surveyed | Learnt | Tested | Drawn
 Reply = Advanced | Result | Failed
 
@@ -319,6 +326,11 @@ class _Server:
                 from coordinator.experiment.demo_picture import draw  # noqa: PLC0415  with it comes matplotlib
 
                 draw(request.report, Path(request.path))
+                return Drawn()
+            case DrawComparison():
+                from coordinator.experiment.compare_pictures import draw_all  # noqa: PLC0415
+
+                draw_all(Path(request.path), Path(request.directory))
                 return Drawn()
 
     def _bench_of(self, reference: str) -> Bench:

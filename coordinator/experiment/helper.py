@@ -52,7 +52,7 @@ class Helper:
         assert isinstance(result, Tested)
         return result
 
-    def draw(self, request: baselines.Draw) -> None:
+    def draw(self, request: baselines.Draw | baselines.DrawComparison) -> None:
         """Have a picture drawn. Raises as `_ask`."""
         self._ask(request)
 
