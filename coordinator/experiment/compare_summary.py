@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -279,11 +280,10 @@ def headline(comparison: Comparison) -> str:
         if other is not None:
             theirs = _of(other, comparison.metric)
             difference = ours.mean - theirs.mean
-            number = (
-                f"{difference * 100:+.1f} points" if comparison.metric == "accuracy" else f"{difference:+.3f} in loss"
-            )
+            number = f"{difference * 100:+.1f} points" if comparison.metric == "accuracy" else f"{difference:+.3g}"
             parts.append(f"{number} {words.format(other.label)}")
-    return f"Together: {shown(ours, comparison.metric)}" + (f"; {', '.join(parts)}." if parts else ".")
+    word = "" if comparison.metric == "accuracy" else f"{comparison.metric} "
+    return f"Together: {word}{shown(ours, comparison.metric)}" + (f"; {', '.join(parts)}." if parts else ".")
 
 
 def shown(found: Stat | None, metric: str) -> str:
@@ -293,8 +293,9 @@ def shown(found: Stat | None, metric: str) -> str:
     if metric == "accuracy":
         spread = "" if found.spread is None else f" ± {found.spread * 100:.1f}"
         return f"{found.mean * 100:.1f}{spread} %"
-    spread = "" if found.spread is None else f" ± {found.spread:.3f}"
-    return f"{found.mean:.3f}{spread}"
+    decimals = max(3, 2 - math.floor(math.log10(abs(found.mean)))) if found.mean else 3
+    spread = "" if found.spread is None else f" ± {found.spread:.{decimals}f}"
+    return f"{found.mean:.{decimals}f}{spread}"
 
 
 def _of(arm: ArmSummary, metric: str) -> Stat:

@@ -28,11 +28,12 @@ def table(comparison: Comparison) -> Table:
     view = Table(box=box.SIMPLE_HEAD, title=f"{comparison.task}, {seeds}", title_style="bold")
     view.add_column("", no_wrap=True)
     headings = ["accuracy"] if comparison.metric == "accuracy" else []
-    for heading in (*headings, "loss", "rounds", "steps", "batch", "seconds"):
+    for heading in (*headings, "loss", "rounds", "steps", "seconds"):
         view.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for arm in comparison.arms:
-        scores = [shown(arm.accuracy, "accuracy")] if comparison.metric == "accuracy" else []
-        numbers = (shown(arm.loss, "loss"), str(arm.rounds), steps_of_arm(arm), arm.batch, f"{arm.seconds:.1f}")
+        is_accuracy = comparison.metric == "accuracy"
+        scores = [shown(arm.accuracy, "accuracy"), f"{arm.loss.mean:.3f}"] if is_accuracy else [shown(arm.loss, "loss")]
+        numbers = (str(arm.rounds), steps_of_arm(arm), f"{arm.seconds:.1f}")
         view.add_row(arm.label, *scores, *numbers, style="bold green" if arm.arm == "federated" else "")
     return view
 

@@ -30,6 +30,10 @@ class DigitsTask(TorchTask):
 
     name: ClassVar[str] = "digits"
 
+    def __init__(self, split_seed: int = _SPLIT_SEED) -> None:
+        """`split_seed` draws which images are to test on. Agents and coordinator must share it; experiments may vary it."""
+        self._split_seed = split_seed
+
     def build_model(self) -> nn.Module:
         """2410 parameters: small enough to watch a federation work in seconds."""
         hidden, output = nn.Linear(64, 32), nn.Linear(32, 10)
@@ -42,17 +46,17 @@ class DigitsTask(TorchTask):
 
     def load_data(self, spec: DataSpec) -> tuple[Tensor, Tensor]:
         """The agent's share of the training data: images float32[n, 64] from 0 to 1, labels int64[n]. No file is read."""
-        images, labels = _splits()[0]
+        images, labels = _splits(self._split_seed)[0]
         mine = torch.from_numpy(select(labels.numpy(), spec))
         return images[mine], labels[mine]
 
     def test_data(self) -> tuple[Tensor, Tensor]:
         """The 360 test images and their labels."""
-        return _splits()[1]
+        return _splits(self._split_seed)[1]
 
 
 @cache
-def _splits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _splits(split_seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The training data and the test data."""
     try:
         # Here, not above: the import takes a second, and scikit-learn is an optional dependency.
@@ -66,5 +70,5 @@ def _splits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     images = torch.from_numpy(pixels).float() / _BRIGHTEST
     labels = torch.from_numpy(digits).long()
     everything = range(len(digits))
-    train, test = train_test_split(everything, test_size=NUM_TEST, random_state=_SPLIT_SEED, stratify=digits)
+    train, test = train_test_split(everything, test_size=NUM_TEST, random_state=split_seed, stratify=digits)
     return (images[train], labels[train]), (images[test], labels[test])
