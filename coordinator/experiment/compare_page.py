@@ -19,6 +19,11 @@ _DARK_TEXT_BELOW = 0.62
 """Cells of the heat map with more of the colour than this have white text."""
 
 
+_WHOLE_PASSES = (
+    "as many steps as the agents made together, or up to one pass fewer, since the task knows only whole passes"
+)
+
+
 def page(comparison: Comparison) -> str:
     """The whole page."""
     many = f"{len(comparison.agents)} agent{'s' if len(comparison.agents) > 1 else ''}"
@@ -185,9 +190,10 @@ def _budget(comparison: Comparison) -> str:
     ]
     arms = {arm.arm for arm in comparison.arms}
     if CENTRALIZED in arms:
+        how = "exactly as many steps as the agents made together" if comparison.counts_steps else _WHOLE_PASSES
         lines.append(
-            "All data in one place: exactly as many steps as the agents made together, round by round, but one after the "
-            "other, each from the last. No federation can make them so; it is what one could hope for at best."
+            f"All data in one place: {how}, round by round, but one after the other, each from the last. No federation can "
+            "make them so; it is what one could hope for at best."
         )
     fedsgd = next((arm for arm in comparison.arms if arm.arm == FEDSGD), None)
     if fedsgd is not None:

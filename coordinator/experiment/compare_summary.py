@@ -90,7 +90,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         metric: what all is told in: `accuracy`, or `loss` where the task has no accuracy.
-        budget: gradient steps of each round of the federation, all agents together.
+        budget: gradient steps of the federation, of all agents and rounds together.
+        counts_steps: whether the task can end a training after a number of steps.
     """
 
     task: str
@@ -103,6 +104,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     test: Held
     arms: list[ArmSummary]
     budget: int
+    counts_steps: bool
     definition: dict[str, Any]
     versions: dict[str, str]
     broker: str
@@ -152,6 +154,7 @@ def summarize(plan: ComparePlan, survey: Surveyed, results: Sequence[UnitResult]
         test=survey.test,
         arms=[_Arm(plan, arm, by_unit, metric, budget).summary() for arm in plan.arms],
         budget=budget,
+        counts_steps=survey.counts_steps,
         definition=plan.definition(),
         versions=survey.versions,
         broker=next((result.broker for result in results if result.broker), ""),

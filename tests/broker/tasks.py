@@ -91,6 +91,17 @@ class LinearTask:
         return Score(num_examples=len(data.targets), loss=float((residuals**2).mean()))
 
 
+class TestedLinearTask(LinearTask):
+    """The same, with data for the coordinator to test on."""
+
+    __test__ = False
+
+    name = "tested-linear"
+
+    def test_data(self) -> Examples:
+        return self.load_data(DataSpec(part=9))
+
+
 class WideTask(LinearTask):
     """A vector that each agent halves and moves by its part, and a counter that each raises by its part + 1."""
 
