@@ -30,6 +30,8 @@ def _settings_options(command: Any) -> Any:
         click.option("--min-agents", type=int, metavar="N", help="How many agents to wait for."),
         click.option("--seed", type=int, metavar="N", help="Of every random choice."),
         click.option("--state-dir", metavar="DIR", help="Where everything is kept [default: midge-state]."),
+        click.option("--data-dir", metavar="DIR", help="Where the data lie that versions are evaluated on."),
+        click.option("--download", is_flag=True, default=None, help="Let the task fetch those that are not there."),
         click.option("--http-port", type=int, metavar="PORT", help="Of metrics, health and API; 0: any free one."),
         click.option("--username", metavar="NAME", help="User name at the broker."),
         click.option("--password-file", metavar="FILE", help="File whose first line is the password."),

@@ -39,6 +39,8 @@ class Compute:
         num_threads: that aggregate.
         max_step_ratio: see `coordinator.aggregate.aggregate`.
         evaluation_deadline_s: the longest evaluation.
+        data_dir: where the data lie that are evaluated on; empty for the task's own place.
+        download: whether the task may fetch them.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Compute:
         num_threads: int = 1,
         max_step_ratio: float = 0.0,
         evaluation_deadline_s: float = 600.0,
+        data_dir: str = "",
+        download: bool = False,
     ) -> None:
         self.framing: Framing | None = None
         self._run_id = run_id
@@ -63,7 +67,9 @@ class Compute:
         self._num_threads = num_threads
         self._max_step_ratio = max_step_ratio
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
-        self._evaluator = Evaluator(task, models.path, put, deadline_s=evaluation_deadline_s)
+        self._evaluator = Evaluator(
+            task, models.path, put, deadline_s=evaluation_deadline_s, data_dir=data_dir, download=download
+        )
 
     def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
         """Begin; an event follows, in any case."""

@@ -20,7 +20,7 @@ from msgspec import Meta
 from coordinator.strategies.base import Strategy, StrategyError
 from coordinator.strategies.registry import make_strategy, options_of
 from midge import settings as sources
-from midge.settings import CommonSettings, Problem, Seconds
+from midge.settings import CommonSettings, Problem, Seconds, Text
 from midge.wire.identifiers import task_name
 from midge.wire.messages import Labels, Parameters
 
@@ -123,6 +123,13 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     evaluate: Annotated[
         bool, Meta(description="Whether the coordinator evaluates each version, where the task has test data.")
     ] = True
+    data_dir: Annotated[
+        Text, Meta(description="Where the data lie that versions are evaluated on; empty: the task's own place.")
+    ] = ""
+    download: Annotated[
+        bool,
+        Meta(description="Whether the task may download those that are not there: built-in ones do, to `data_dir`."),
+    ] = False
     evaluation_deadline_s: Annotated[
         Seconds, Meta(description="Longest evaluation on the coordinator; then it is given up.")
     ] = 600.0

@@ -10,7 +10,7 @@ import msgspec
 
 from coordinator import evaluator_messages as msg
 from coordinator.models import ModelStore
-from midge.tasks.base import Task
+from midge.tasks.base import DataSpec, Task, TaskError, test_data_of
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
 from midge.tasks.scores import to_evaluation
@@ -35,6 +35,8 @@ class EvaluationWorker:
             return
         try:
             reply(_encode(self._make(request) if isinstance(request, msg.MakeModel) else self._evaluate(request)))
+        except TaskError as error:
+            reply(_encode(msg.Failed(request=request.request, reason=str(error)[:500])))
         except Exception as error:  # noqa: BLE001  a user's task may raise anything
             reply(_encode(msg.Failed(request=request.request, reason=f"{type(error).__name__}: {error}"[:500])))
 
@@ -45,7 +47,7 @@ class EvaluationWorker:
     def _evaluate(self, request: msg.Evaluate) -> msg.Evaluated:
         task, models = self._load()
         if self._test_data is None:
-            self._test_data = task.test_data()
+            self._test_data = test_data_of(task, self._data_spec())
         if self._test_data is None:
             return msg.Evaluated(request=request.request, score=None)
         with models.open(request.digest) as model:
@@ -55,6 +57,12 @@ class EvaluationWorker:
             seen = f"loss is {score.loss} over {score.num_examples} examples"
             raise ValueError(f"{seen}: the model diverged (lower learning_rate), or there are no test data")
         return msg.Evaluated(request=request.request, score=evaluation)
+
+    def _data_spec(self) -> DataSpec:
+        assert self._setup is not None, "a request before set-up"
+        return DataSpec(
+            data_dir=Path(self._setup.data_dir) if self._setup.data_dir else None, download=self._setup.download
+        )
 
     def _load(self) -> tuple[Task, ModelStore]:
         assert self._setup is not None, "a request before set-up"

@@ -44,6 +44,8 @@ class Evaluator:
         put: takes `EvaluatorSpoke` into the driver's queue; called from another thread.
         num_threads: of the process.
         deadline_s: the longest evaluation.
+        data_dir: where the test data lie; empty for the task's own place.
+        download: whether the task may fetch them.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Evaluator:
         *,
         num_threads: int = 1,
         deadline_s: float = 600.0,
+        data_dir: str = "",
+        download: bool = False,
     ) -> None:
-        self._setup = msg.SetUp(task=task, models_dir=str(models_dir))
+        self._setup = msg.SetUp(task=task, models_dir=str(models_dir), data_dir=data_dir, download=download)
         self._put = put
         self._num_threads = num_threads
         self._deadline_s = deadline_s

@@ -8,10 +8,12 @@ from midge.wire.messages import Evaluation
 
 
 class SetUp(msgspec.Struct, frozen=True, kw_only=True, tag="set_up"):
-    """The first request: which task, and where the models lie."""
+    """The first request: which task, and where the models and the test data lie."""
 
     task: str
     models_dir: str
+    data_dir: str = ""
+    download: bool = False
 
 
 class MakeModel(msgspec.Struct, frozen=True, kw_only=True, tag="make"):

@@ -188,6 +188,8 @@ class Service:
             num_threads=settings.aggregation_threads,
             max_step_ratio=settings.max_step_ratio,
             evaluation_deadline_s=settings.evaluation_deadline_s,
+            data_dir=settings.data_dir,
+            download=settings.download,
         )
         self._run_spool.run_id = run_id
         if resumed is not None:

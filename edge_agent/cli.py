@@ -36,6 +36,7 @@ def _common(command: Any) -> Any:
         click.option("--agent-id", metavar="ID", help="Name of this agent [default: from the host's name]."),
         click.option("--task", metavar="TASK", help="What is learned: a name, package.module:object or my_task.py."),
         click.option("--data-dir", metavar="DIR", help="Where this device's data lie."),
+        click.option("--download", is_flag=True, default=None, help="Let the task fetch data that are not there."),
         click.option("--classes", metavar="1,2,3", help="Labels that this agent owns."),
         click.option("--sel-prob", type=float, metavar="P", help="Share of the examples of its labels that it has."),
         click.option("--def-prob", type=float, metavar="P", help="Share of the examples of other labels."),

@@ -50,6 +50,10 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         msgspec.field(default_factory=dict)
     )
     data_dir: Annotated[Text, Meta(description="Where this device's data lie; empty: the task's own place.")] = ""
+    download: Annotated[
+        bool,
+        Meta(description="Whether the task may download data that are not there: built-in ones do, to `data_dir`."),
+    ] = False
     classes: Annotated[
         tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...],
         Meta(max_length=10_000, description="Labels that this agent owns; empty: all."),

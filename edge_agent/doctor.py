@@ -173,6 +173,7 @@ def _examine_data(settings: Settings) -> Finding:
         "part": settings.index,
         "num_parts": settings.of,
         "seed": settings.data_seed,
+        "download": settings.download,
     }
     command = [sys.executable, "-c", _LOADING, settings.task, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

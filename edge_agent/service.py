@@ -190,6 +190,7 @@ def _data_options(settings: Settings) -> DataOptions:
         part=settings.index,
         num_parts=settings.of,
         seed=settings.data_seed,
+        download=settings.download,
     )
 
 

@@ -19,6 +19,7 @@ class DataOptions(msgspec.Struct, frozen=True, kw_only=True):
     part: int = 0
     num_parts: int = 1
     seed: int = 0
+    download: bool = False
 
 
 class SetUp(msgspec.Struct, frozen=True, kw_only=True, tag="set_up"):

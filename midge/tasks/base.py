@@ -35,6 +35,7 @@ class DataSpec:
         part: which part is this agent's, 0 to num_parts - 1.
         num_parts: how many parts there are.
         seed: of every random choice in this.
+        download: whether the task may fetch data that are not there.
     """
 
     data_dir: Path | None = None
@@ -45,6 +46,7 @@ class DataSpec:
     part: int = 0
     num_parts: int = 1
     seed: int = 0
+    download: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,19 @@ class ShowsModel(Protocol):
 
     def model_state(self, data: Any) -> State:
         """Any state of this device's model, whatever its values."""
+
+
+@runtime_checkable
+class ReadsTestData(Protocol):
+    """A task whose test data lie on the coordinator's disk, where its operator said."""
+
+    def load_test_data(self, spec: DataSpec) -> Any | None:
+        """Data for evaluating on the coordinator, as `test_data`; of `spec`, `data_dir` and `download` count."""
+
+
+def test_data_of(task: Task, spec: DataSpec) -> Any | None:
+    """The task's test data, from where `spec` says if it can be told; None where there are none."""
+    return task.load_test_data(spec) if isinstance(task, ReadsTestData) else task.test_data()
 
 
 def seed_of(run_seed: int, round_num: int, agent_id: str) -> int:

@@ -34,7 +34,13 @@ from midge.tasks.base import Task, TaskError
 
 ENTRY_POINT_GROUP = "midge.tasks"
 
-_BUILT_IN = {"digits": "midge.tasks.digits:DigitsTask"}
+_BUILT_IN = {
+    "digits": "midge.tasks.digits:DigitsTask",
+    "mnist": "midge.tasks.mnist:MnistTask",
+    "fashion-mnist": "midge.tasks.mnist:FashionMnistTask",
+    "emnist": "midge.tasks.mnist:EmnistTask",
+    "cifar10": "midge.tasks.cifar10:Cifar10Task",
+}
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _FILE = re.compile(r"(.+\.py)(?::(.+))?")
 _MEMBERS = ("name", "initial_state", "load_data", "num_examples", "test_data", "train", "evaluate")

@@ -156,6 +156,13 @@ class TorchTask(ABC):
         """Data for evaluating on the coordinator; none unless overridden."""
         return None
 
+    def prepare(self, inputs: Tensor, *, training: bool) -> Tensor:  # noqa: ARG002  for those who override it
+        """What the model sees of a batch of inputs: these, unless overridden. Normalise here, and augment if `training`.
+
+        In training, torch's global generator starts from the training's seed.
+        """
+        return inputs
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch: cross-entropy unless overridden."""
         return functional.cross_entropy(outputs, targets)
@@ -214,7 +221,7 @@ class TorchTask(ABC):
                 loss = 0.0
                 for num_done, (inputs, targets) in enumerate(_take(data, batches), start=1):
                     optimizer.zero_grad()
-                    batch_loss = self.loss(model(inputs), targets)
+                    batch_loss = self.loss(model(self.prepare(inputs, training=True)), targets)
                     torch.autograd.backward(batch_loss)
                     proximal.add()
                     optimizer.step()
@@ -273,7 +280,7 @@ class TorchTask(ABC):
     def _outputs(self, state: State, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
         model = self._loaded(state).eval()
         for inputs, targets in _in_order(data, EVALUATION_BATCH):
-            yield model(inputs), targets
+            yield model(self.prepare(inputs, training=False)), targets
 
     def _check_finite(self, loss: float, epoch: int, spec: TrainSpec) -> None:
         if not math.isfinite(loss):

@@ -59,6 +59,8 @@ WORKING = {
     "max_attempts": 1,
     "max_step_ratio": 0.0,
     "evaluate": False,
+    "data_dir": "x",
+    "download": True,
     "evaluation_deadline_s": 1.0,
     "best_metric": "loss",
     "best_mode": "min",

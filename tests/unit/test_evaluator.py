@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -204,11 +205,11 @@ def test_after_stopping_nothing_is_heard(talk):
 class Asked:
     """An evaluating process's handler, and its store of models."""
 
-    def __init__(self, directory: Path, task: str) -> None:
+    def __init__(self, directory: Path, task: str, **setup: Any) -> None:
         self.models = ModelStore(directory)
         self.worker = EvaluationWorker()
         self.replies: list[msg.Reply] = []
-        self.say(msg.SetUp(task=f"tests.unit.tiny_tasks:{task}", models_dir=str(directory)))
+        self.say(msg.SetUp(task=f"tests.unit.tiny_tasks:{task}", models_dir=str(directory), **setup))
 
     def say(self, request: msg.Request) -> msg.Reply | None:
         def reply(payload: bytes) -> None:
@@ -235,6 +236,16 @@ def test_a_model_is_made_stored_and_evaluated(tmp_path):
 
 def test_without_test_data_there_is_no_score_and_no_failure(tmp_path):
     assert Asked(tmp_path, "dataless").evaluate() == msg.Evaluated(request=1, score=None)
+
+
+def test_a_task_that_reads_test_data_from_disk_is_told_where_and_whether_it_may_fetch_them(tmp_path):
+    answer = Asked(tmp_path, "on_disk", data_dir="/data").evaluate()
+    assert answer == msg.Failed(request=1, reason="no test data in /data: put some there")
+    answer = Asked(tmp_path, "on_disk").evaluate()
+    assert answer == msg.Failed(request=1, reason="no test data in None: put some there")
+    answer = Asked(tmp_path, "on_disk", data_dir="/data", download=True).evaluate()
+    assert isinstance(answer, msg.Evaluated)
+    assert answer.score.num_examples == 3
 
 
 def test_a_score_with_a_thousand_metrics_of_numpy_is_cut_to_what_can_travel(tmp_path):

@@ -25,6 +25,8 @@ class Counting:
     def evaluate(self, state, data): ...
 """
 
+BUILT_IN = ("cifar10", "digits", "emnist", "fashion-mnist", "mnist")
+
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
@@ -87,7 +89,7 @@ def test_an_entry_point_is_found_by_its_name_and_listed(module, entry_point):
     module("")
     entry_point("thermostat", "kept_tasks:Counting")
     assert find_task("thermostat").name == "counting"
-    assert task_names() == ("digits", "thermostat")
+    assert task_names() == (*BUILT_IN, "thermostat")
 
 
 def test_a_built_in_name_wins_over_an_entry_point(module, entry_point, monkeypatch):
@@ -95,7 +97,7 @@ def test_a_built_in_name_wins_over_an_entry_point(module, entry_point, monkeypat
     entry_point("digits", "kept_tasks:Other")
     monkeypatch.setitem(registry._BUILT_IN, "digits", "kept_tasks:Counting")
     assert find_task("digits").name == "counting"
-    assert task_names() == ("digits",)
+    assert task_names() == BUILT_IN
 
 
 def test_listing_names_imports_no_task(module, entry_point):
@@ -203,8 +205,8 @@ def test_a_module_that_is_not_found_but_lies_here_as_a_file_is_met_with_its_path
 
 def test_a_misspelt_name_is_met_with_the_nearest_and_with_all_that_are_known():
     assert error_of("digit") == (
-        "task 'digit': not known. Did you mean 'digits'? Known are digits; yours is named as package.module:object, or by "
-        "its file, as ./my_task.py."
+        f"task 'digit': not known. Did you mean 'digits'? Known are {', '.join(BUILT_IN)}; yours is named as "
+        "package.module:object, or by its file, as ./my_task.py."
     )
 
 
@@ -214,7 +216,7 @@ def test_a_dot_where_a_colon_belongs_is_seen():
 
 @pytest.mark.parametrize("reference", ["", " ", "x"])
 def test_a_name_like_none_is_met_with_what_there_is(reference):
-    assert error_of(reference).startswith(f"task {reference!r}: not known. Known are digits")
+    assert error_of(reference).startswith(f"task {reference!r}: not known. Known are {BUILT_IN[0]}, ")
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,17 @@ class LabelledTask(TinyTask):
         return np.zeros((6, 3)), np.arange(6) % 3
 
 
+class OnDiskTask(TinyTask):
+    """Its three test examples are on the coordinator's disk once they are downloaded."""
+
+    name = "on_disk"
+
+    def load_test_data(self, spec: DataSpec) -> int:
+        if not spec.download:
+            raise TaskError(f"no test data in {spec.data_dir}: put some there")
+        return 3
+
+
 class LavishTask(TinyTask):
     """It reports an accuracy for each of a thousand labels, in numbers of NumPy."""
 
@@ -236,6 +247,7 @@ unplugged = FaultyDataTask("unplugged", FileNotFoundError(2, "No such file or di
 greedy = FaultyDataTask("greedy", MemoryError())
 late = LateTask()
 labelled = LabelledTask()
+on_disk = OnDiskTask()
 lavish = LavishTask()
 infinite = InfiniteTask()
 empty = EmptyTask()
