@@ -47,8 +47,8 @@ from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSp
 Data: TypeAlias = tuple[Tensor, Tensor] | Dataset[Any]
 """Inputs and targets as two tensors of equal length (fastest), or a data set with a length, of (input, target)."""
 
-EVALUATION_BATCH = 1024
-"""Examples evaluated at once: bounds the memory of their activations."""
+EVALUATION_BATCH = 256
+"""Examples evaluated at once. Of convolutions, 1024 take 1.6 times as long: their activations leave the processor's caches."""
 PROGRESS_INTERVAL_S = 0.2
 
 _NUMPY_TYPES = frozenset(
