@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from coordinator.original_config import translate
 from coordinator.strategies.base import Strategy, StrategyError
 from coordinator.strategies.registry import make_strategy, options_of
 from midge import settings as sources
@@ -41,6 +42,10 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     min_agents: Annotated[
         int, Meta(ge=1, le=MAX_AGENTS, description="Agents to wait for before the run, and least agents of a round.")
     ] = 2
+    start_agents: Annotated[
+        int,
+        Meta(ge=0, le=MAX_AGENTS, description="Agents to wait for before the first round, if more than `min_agents`."),
+    ] = 0
     cohort: Annotated[
         int, Meta(ge=0, le=MAX_AGENTS, description="Agents wanted in a round; 0: every agent that is there.")
     ] = 0
@@ -185,6 +190,7 @@ def load_settings(
         check=check,
         ignore=ignore,
         other_tables=(COMPARE_TABLE,),
+        translate=translate,
     )
 
 

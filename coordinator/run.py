@@ -450,7 +450,8 @@ class Run:
         if self._may_fail_to_start() and self.now >= self._starts_by:
             within = f"within {self.config.start_deadline_s:g} s"
             came = f"{self.num_available} of {self.config.num_to_start} agents came {within}"
-            cure = "start more agents, or lower min_agents" if self._connected else "the broker cannot be reached"
+            setting = "start_agents" if self.config.start_agents == self.config.num_to_start else "min_agents"
+            cure = f"start more agents, or lower {setting}" if self._connected else "the broker cannot be reached"
             self._end(RunState.FAILED, f"{came}; {cure}")
 
     def _may_fail_to_start(self) -> bool:

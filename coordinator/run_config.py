@@ -24,7 +24,9 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
     min_agents: int = 0
-    """Agents to wait for at the start; 0 for as many as a round needs."""
+    """Agents to wait for before the first round; 0 for as many as a round needs."""
+    start_agents: int = 0
+    """The same, where it is to be more than that."""
     start_deadline_s: float = 3600.0
     max_attempts: int = 5
     max_examples: int = 10_000_000
@@ -36,7 +38,7 @@ class RunConfig:
     @property
     def num_to_start(self) -> int:
         """How many agents must be there before the first round."""
-        return self.min_agents or self.round.minimum
+        return max(self.start_agents, self.min_agents or self.round.minimum)
 
 
 @dataclass(frozen=True, slots=True)

@@ -464,6 +464,7 @@ def _run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfi
         ),
         training=strategy.training(training),
         min_agents=max(settings.min_agents, quorum),
+        start_agents=settings.start_agents,
         labels=dict(settings.select),
         start_deadline_s=settings.start_deadline_s,
         max_attempts=settings.max_attempts,

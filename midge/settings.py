@@ -65,6 +65,19 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """A value of a file whose keys are not ours: our key, the value, and the key that it was made of."""
+
+    key: str
+    value: object
+    written: str
+
+
+Translate = Callable[[Mapping[str, Any], Collection[str]], tuple[list[Entry], list[Problem]] | None]
+"""Makes entries of a file's keys and values, given the names of our settings; None for a file with keys of ours."""
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """One row of the reference, in words for a person."""
 
@@ -86,6 +99,7 @@ def load(
     ignore: Collection[str] = (),
     table: str = "",
     other_tables: Collection[str] = (),
+    translate: Translate | None = None,
 ) -> S:
     """Settings of this `kind`, from all sources.
 
@@ -100,6 +114,7 @@ def load(
         ignore: names in the environment that are no settings, such as MIDGE_CONFIG.
         table: of the file, take what stands in this table, where there is one; empty for the top of the file.
         other_tables: of the file, leave these to others.
+        translate: reads files with other keys than these.
 
     Raises:
         SettingsError: something is wrong; it holds every problem that was found.
@@ -113,7 +128,7 @@ def load(
     places: dict[str, str] = {}
     wrong: set[str] = set()
     for given in (
-        *_from_file(file, problems, table, other_tables),
+        *_from_file(file, problems, fields, table, other_tables, translate),
         *_from_environment(environ or {}, ignore),
         *_from_options(options or {}),
         *_from_assignments(assignments, problems),
@@ -260,7 +275,14 @@ class _Given:
     spelling: str = "{}"
 
 
-def _from_file(file: Path | None, problems: list[str], table: str, other_tables: Collection[str]) -> Iterator[_Given]:
+def _from_file(
+    file: Path | None,
+    problems: list[str],
+    known: Collection[str],
+    table: str,
+    other_tables: Collection[str],
+    translate: Translate | None,
+) -> Iterator[_Given]:
     if file is None:
         return
     try:
@@ -276,11 +298,22 @@ def _from_file(file: Path | None, problems: list[str], table: str, other_tables:
         else:
             problems.append(f"{name}: {table} is {_shown(inner)}: expected a table, [{table}]")
         return
-    for key, value in values.items():
-        if key in other_tables:
-            continue
+    values = {key: value for key, value in values.items() if key not in other_tables}
+
+    def place(key: str) -> str:
         line = _line_of(key, text, is_json=file.suffix == ".json")
-        yield _Given(f"{name}, line {line}" if line else name, key, value)
+        return f"{name}, line {line}" if line else name
+
+    translated = translate(values, known) if translate else None
+    if translated is None:
+        for key, value in values.items():
+            yield _Given(place(key), key, value)
+        return
+    entries, found = translated
+    problems += [f"{place(problem.key)}: {_plain(problem.key)} {problem.text}" for problem in found]
+    for entry in entries:
+        written = "" if entry.written == entry.key else f" ({entry.written})"
+        yield _Given(f"{place(entry.written)}{written}", entry.key, entry.value)
 
 
 def _read(file: Path) -> tuple[str, dict[str, Any]]:

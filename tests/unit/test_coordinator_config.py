@@ -52,6 +52,7 @@ WORKING = {
     "log_format": "json",
     "log_level": "debug",
     "max_examples": 1,
+    "start_agents": 9,
     "start_deadline_s": 1.0,
     "selection_deadline_s": 1.0,
     "acceptance_deadline_s": 1.0,

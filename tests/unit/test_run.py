@@ -168,6 +168,26 @@ def test_a_run_to_which_nobody_comes_fails_at_its_start_deadline():
     assert only(commands, ev.SaveRun).reason == reason
 
 
+def test_a_run_waits_for_its_start_agents_before_the_first_round():
+    talk = Talk(config(minimum=1, quorum=1, target=1, start_agents=3, over_select=1.0))
+    talk.prepared()
+    talk.published()
+    talk.come("a", "b")
+    assert talk.run.status().startswith("waiting for agents: 2 of 3 are there")
+    talk.come("c")
+    assert talk.run.state is RunState.IN_ROUND
+    assert len(talk.run.attempt.round.awaited) == 1
+
+
+def test_a_run_whose_start_agents_do_not_come_names_that_setting():
+    talk = Talk(config(start_deadline_s=300, start_agents=5))
+    talk.prepared()
+    talk.published()
+    talk.come("a", "b")
+    talk.wait(300)
+    assert talk.run.reason == "2 of 5 agents came within 300 s; start more agents, or lower start_agents"
+
+
 def test_a_run_that_never_reaches_a_broker_says_so():
     talk = Talk(config(start_deadline_s=300), connected=False)
     talk.prepared()
