@@ -146,6 +146,8 @@ def measure(size: Size, num_agents: int, repeat: int) -> None:
         took["evaluating"].append(run_plain(size, num_agents, evaluate=True))
         with tempfile.TemporaryDirectory(prefix="midge-bench-") as name:
             took["federated"].append(run_federated(size, num_agents, Path(name)))
+        latest = ", ".join(f"{arm} {runs[-1].wall_s:.1f} ({runs[-1].processor_s:.1f})" for arm, runs in took.items())
+        print(f"{num_agents} agents, wall (processor) seconds: {latest}", flush=True)
     steps = size.rounds * size.epochs * -(-size.examples // BATCH_SIZE)
     title = f"{num_agents} agent{'s' if num_agents > 1 else ''} on as many cores"
     print(f"\n{title}: {size.rounds} rounds of {size.epochs} epochs of {size.examples} examples, {steps} steps each")
