@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.config import Settings
-from midge.tasks.base import DataSpec, Task, TaskError
+from midge.tasks.base import DataSpec, Task, TaskError, test_data_of
 from midge.tasks.inspection import summarize
 from midge.tasks.registry import find_task
 from midge.tasks.summary import DataSummary, bar_chart, table
@@ -94,7 +94,7 @@ def look(settings: DataSettings) -> Shown:
     parts = tuple(_part(task, settings, part) for part in settings.parts)
     test, test_problem = None, ""
     try:
-        test_data = task.test_data()
+        test_data = test_data_of(task, _spec(settings, 0))
         test = None if test_data is None else summarize(task, test_data)
     except Exception as error:  # noqa: BLE001  it is somebody's code, and no matter of this device
         test_problem = _described(error)
@@ -110,8 +110,16 @@ def look(settings: DataSettings) -> Shown:
 
 
 def _part(task: Task, settings: DataSettings, part: int) -> Part:
-    spec = DataSpec(
+    try:
+        return Part(part=part, summary=summarize(task, task.load_data(_spec(settings, part))))
+    except Exception as error:  # noqa: BLE001  a user's task may raise anything
+        return Part(part=part, problem=_described(error))
+
+
+def _spec(settings: DataSettings, part: int) -> DataSpec:
+    return DataSpec(
         data_dir=Path(settings.data_dir) if settings.data_dir else None,
+        download=settings.download,
         classes=settings.classes,
         sel_prob=settings.sel_prob,
         def_prob=settings.def_prob,
@@ -120,10 +128,6 @@ def _part(task: Task, settings: DataSettings, part: int) -> Part:
         num_parts=settings.of,
         seed=settings.data_seed,
     )
-    try:
-        return Part(part=part, summary=summarize(task, task.load_data(spec)))
-    except Exception as error:  # noqa: BLE001  a user's task may raise anything
-        return Part(part=part, problem=_described(error))
 
 
 def lines(shown: Shown, settings: DataSettings, width: int, *, blocks: bool = True) -> list[str]:

@@ -97,7 +97,7 @@ def test_all_other_sources_win_over_it_as_over_any_file(tmp_path):
         (
             (),
             {"lambda": 0},
-            "conf.json, line 11 (lambda): server_learning_rate is 0: expected a number, above 0 and at most 1000000",
+            "conf.json, line 11 (lambda): server_learning_rate is 0: expected a number, or none, above 0 and at most 1000000",
         ),
     ],
 )  # fmt: skip
