@@ -32,12 +32,14 @@ from statistics import median
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from benchmarks.overhead_task import BATCH_SIZE, LEARNING_RATE, MOMENTUM, digest
 from coordinator.models import ModelStore
 from coordinator.store import Store
 from midge.transport.brokers import start_local_broker
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TASK = "benchmarks.overhead_task:OverheadTask"
 
 

@@ -1,6 +1,6 @@
 """What `overhead.py` trains: scenario 2's network on scikit-learn's digits, scaled up to MNIST's 28 by 28.
 
-    python -m benchmarks.overhead_task ROUNDS EPOCHS EXAMPLES PART [--evaluate]
+    BENCH_EXAMPLES=3000 python -m benchmarks.overhead_task ROUNDS EPOCHS PART [--evaluate]
 
 trains it without Midge's federation: a plain loop in one process, with the batches and steps that an agent would make.
 """
@@ -31,7 +31,7 @@ MOMENTUM = 0.5
 
 
 class OverheadTask(MnistTask):
-    """`mnist` without MNIST: as many examples as MIDGE_BENCH_EXAMPLES says, another draw for each part."""
+    """`mnist` without MNIST: as many examples as BENCH_EXAMPLES says, another draw for each part."""
 
     name = "overhead"
 
