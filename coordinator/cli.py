@@ -161,6 +161,33 @@ def models(state_dir: Path, as_json: bool, run_id: str | None) -> None:
     sys.exit(commands.models(state_dir, run_id, as_json=as_json))
 
 
+@main.group("round")
+def round_group() -> None:
+    """What an operator may do to the round that is under way.
+
+    \b
+    Examples:
+      coordinator round close
+    """
+
+
+@round_group.command("close")
+@_looking
+def close_round(state_dir: Path, as_json: bool) -> None:
+    """Close the current round with what has come: its updates are averaged, and who still works is told to stop.
+
+    Below the quorum there is nothing to average: the attempt is abandoned, and the round tried again. Exit codes: 0 the round
+    is closed, 1 it was abandoned or none was open, 2 no coordinator answers.
+
+    \b
+    Examples:
+      coordinator round close --state-dir midge-state
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.close_round(state_dir, as_json=as_json))
+
+
 @main.command()
 @click.argument("run_id", metavar="RUN")
 @click.option(

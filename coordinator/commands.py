@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,10 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from coordinator.client import AwayError, RefusedError, Running
 from coordinator.config import Settings, load_settings
 from coordinator.display import Display
 from coordinator.driver import SupersededError
-from coordinator.http import SERVICE_FILE, HttpError
+from coordinator.http import HttpError
 from coordinator.models import ModelError, ModelStore
 from coordinator.run import RunState
 from coordinator.scoring import training_metrics
@@ -78,7 +76,10 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
 
 def status(state_dir: Path, *, as_json: bool) -> int:
     """`coordinator status`."""
-    board = _ask_running(state_dir)
+    try:
+        board = _ask_running(state_dir)
+    except RefusedError as error:
+        return _wrong(error)
     if board is None:
         return _look(state_dir, lambda store: _show_stopped(store, as_json=as_json))
     if as_json:
@@ -95,7 +96,10 @@ def status(state_dir: Path, *, as_json: bool) -> int:
 
 def agents(state_dir: Path, *, as_json: bool) -> int:
     """`coordinator agents`."""
-    board = _ask_running(state_dir)
+    try:
+        board = _ask_running(state_dir)
+    except RefusedError as error:
+        return _wrong(error)
 
     def show(store: Store) -> int:
         rows = store.agents()
@@ -191,6 +195,19 @@ def export(run_id: str, which: str, path: Path, state_dir: Path) -> int:
     return _look(state_dir, write)
 
 
+def close_round(state_dir: Path, *, as_json: bool) -> int:
+    """`coordinator round close`."""
+    try:
+        closed = Running.find(state_dir).post("/api/v1/round/close")
+    except (AwayError, RefusedError) as error:
+        return _wrong(error)
+    if as_json:
+        _print_json(closed)
+    else:
+        _console.print(escape(closed["text"]), soft_wrap=True)
+    return 0 if closed["outcome"] == "closed" else 1
+
+
 def _work(service: Service, display: Display | None) -> int:
     """Run the service until it is over or a signal says stop."""
 
@@ -278,14 +295,16 @@ def _look(state_dir: Path, show: Callable[[Store], int]) -> int:
 
 
 def _ask_running(state_dir: Path) -> dict[str, Any] | None:
-    """The board of the coordinator that runs in this directory; None where none answers."""
+    """The board of the coordinator that runs in this directory; None where none answers.
+
+    Raises:
+        RefusedError: one may run here, and this user may not know.
+    """
     try:
-        url = json.loads((state_dir / SERVICE_FILE).read_text(encoding="utf-8"))["url"]
-        with urllib.request.urlopen(f"{url}/api/v1/status", timeout=2.0) as answer:  # noqa: S310  our own address
-            board: dict[str, Any] = json.load(answer)
-            return board
-    except (OSError, ValueError, KeyError, urllib.error.URLError):
+        board: dict[str, Any] = Running.find(state_dir).get("/api/v1/status")
+    except AwayError:
         return None
+    return board
 
 
 def _show_stopped(store: Store, *, as_json: bool) -> int:

@@ -6,10 +6,15 @@
 /api/v1/status  the board: run, round, agents, history
 /api/v1/runs, /api/v1/runs/{run_id}/versions, /api/v1/agents
 /api/v1/runs/{run_id}/updates  what each agent's updates said: metrics of the training and of the evaluation before it
+
+What changes something is a POST, and needs the token that `service.json` holds (`Authorization: Bearer ...`):
+
+/api/v1/round/close  close the current round with what has come; the answer says what came of it
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -28,6 +33,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.board import Shared
+from coordinator.control import Control
 from coordinator.metrics import CollectorRegistry, render
 from coordinator.store import Store
 from midge.log import log_event
@@ -35,6 +41,8 @@ from midge.log import log_event
 _log = logging.getLogger("coordinator")
 SERVICE_FILE = "service.json"
 _STALLED_S = 30.0
+_ANSWER_S = 20.0
+"""A turn of the coordinator's loop takes milliseconds; one that takes so long is stalled, or over."""
 
 
 class HttpError(Exception):
@@ -54,8 +62,10 @@ class Heart:
         self.beat_at = time.monotonic()
 
 
-def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: Heart) -> Starlette:
-    """The application; it changes nothing."""
+def make_app(
+    registry: CollectorRegistry, shared: Shared, store: Store, heart: Heart, control: Control | None = None
+) -> Starlette:
+    """The application. Without `control` it changes nothing."""
 
     async def metrics(request: Request) -> Response:  # noqa: ARG001
         content_type, body = await run_in_threadpool(render, registry)
@@ -100,6 +110,15 @@ def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: H
     async def agents(request: Request) -> Response:  # noqa: ARG001
         return _json((await run_in_threadpool(shared.snapshot))["agents"])
 
+    async def close_round(request: Request) -> Response:
+        if control is None or not control.allows(request.headers.get("authorization", "")):
+            return _unauthorized()
+        try:
+            closed = await asyncio.wait_for(asyncio.wrap_future(control.close_round()), _ANSWER_S)
+        except TimeoutError:
+            return JSONResponse({"error": f"no answer in {_ANSWER_S:g} s: see /healthz; it may be done still"}, 503)
+        return JSONResponse(msgspec.to_builtins(closed))
+
     return Starlette(
         routes=[
             Route("/metrics", metrics),
@@ -110,6 +129,7 @@ def make_app(registry: CollectorRegistry, shared: Shared, store: Store, heart: H
             Route("/api/v1/runs/{run_id}/versions", versions),
             Route("/api/v1/runs/{run_id}/updates", updates),
             Route("/api/v1/agents", agents),
+            Route("/api/v1/round/close", close_round, methods=["POST"]),
         ]
     )
 
@@ -122,12 +142,13 @@ class HttpServer:
         host: address to listen at.
         port: 0 for any free one.
         state_dir: where `service.json` goes.
+        token: that `service.json` tells whoever may read it: its owner.
 
     Raises:
         HttpError: the port is taken, or the address is not this machine's.
     """
 
-    def __init__(self, app: Starlette, host: str, port: int, state_dir: Path) -> None:
+    def __init__(self, app: Starlette, host: str, port: int, state_dir: Path, token: str = "") -> None:
         try:
             self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
@@ -138,6 +159,7 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._file = state_dir / SERVICE_FILE
+        self._token = token
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
@@ -146,7 +168,7 @@ class HttpServer:
 
     def start(self) -> None:
         """Serve."""
-        self._file.write_text(json.dumps({"url": self.url}), encoding="utf-8")
+        _write_secret(self._file, json.dumps({"url": self.url, "token": self._token}))
         self._thread.start()
         log_event(_log, logging.INFO, "http served", url=self.url)
 
@@ -156,6 +178,20 @@ class HttpServer:
         self._thread.join(timeout=3.0)
         self._socket.close()
         self._file.unlink(missing_ok=True)
+
+
+def _unauthorized() -> Response:
+    text = f"this needs the token that {SERVICE_FILE} in the state directory holds: `Authorization: Bearer TOKEN`"
+    return JSONResponse({"error": text}, 401, {"www-authenticate": "Bearer"})
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read, and that nobody ever sees in part."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # of a process that died; its mode is not known
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:  # noqa: PTH123
+        file.write(text)
+    temporary.replace(path)
 
 
 def _json(content: Any) -> Response:

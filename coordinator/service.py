@@ -17,12 +17,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 from coordinator import run_events as ev
 from coordinator.board import Board, Shared
 from coordinator.compute import Compute, Computed
 from coordinator.config import Settings, differences, run_definition, run_fingerprint, strategy_of
+from coordinator.control import Asked, Closed, Closing, Control
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.http import Heart, HttpServer, make_app
@@ -53,13 +55,6 @@ _LONGEST_WAIT_S = 1.0
 _DISK_EVERY_S = 10.0
 _LEAST_FREE_BYTES = 64 << 20
 """With less room than this in the state directory, the coordinator is not ready."""
-
-
-class Asked:
-    """Put into the queue by an operator's wish: to stop, or to close the round."""
-
-    def __init__(self, event: ev.StopAsked | ev.CloseAsked) -> None:
-        self.event = event
 
 
 _Event = TransportEvent | EvaluatorSpoke | Computed | Asked
@@ -102,6 +97,7 @@ class Service:
         self._retained_for: tuple[int, int | None] | None = None
         self._to_clear: list[tuple[str, int]] = []
         self._stop_asked = False
+        self._to_answer: list[tuple[Future[Closed], Closed]] = []
         self._idle_status = "no run"
         self._look_at_disk_at = -math.inf
         topics = Topics(settings.federation)
@@ -130,8 +126,9 @@ class Service:
         )
         self._http = None
         if serve_http:
-            app = make_app(self._registry, self.shared, self.store, self.heart)
-            self._http = HttpServer(app, settings.http_host, settings.http_port, self._state_dir)
+            control = Control(self.queue.put)
+            app = make_app(self._registry, self.shared, self.store, self.heart, control)
+            self._http = HttpServer(app, settings.http_host, settings.http_port, self._state_dir, control.token)
 
     @property
     def http_url(self) -> str:
@@ -258,6 +255,10 @@ class Service:
         self._try_prepare(now)
         self._driver.step(ev.TimePassed(), now)
         self._driver.flush(now)
+        for answer, closed in self._to_answer:
+            if answer.set_running_or_notify_cancel():  # false where whoever asked has gone
+                answer.set_result(closed)
+        self._to_answer = []
         self._keep_house()
         self.heart.beat()
         self.heart.network_is_stuck = not self._transport.healthy
@@ -278,7 +279,10 @@ class Service:
                 self._driver.step(event.event, now)
             case Asked():
                 self._stop_asked = self._stop_asked or isinstance(event.event, ev.StopAsked)
+                closing = Closing(self._driver.run)
                 self._driver.step(event.event, now)
+                if event.answer is not None:
+                    self._to_answer.append((event.answer, closing.result()))
             case _:
                 self._driver.handle(event, now)
 

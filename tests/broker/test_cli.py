@@ -207,6 +207,44 @@ def test_a_directory_that_no_coordinator_used_is_said_to_be_one(command, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+# Closing a round.
+
+
+def test_an_operator_closes_a_round_with_what_has_come(mosquitto, make_federation, look):
+    federation = make_federation(mosquitto.url)
+    here = ["--state-dir", str(federation.state_dir())]
+    federation.hold("agent-1", training=1)
+    federation.start_agents(2)
+    coordinator = federation.start_coordinator(rounds=2, min_agents=2, quorum=1)
+    federation.wait_for_update("agent-0", 1)
+    federation.wait_for_training("agent-1", 1)
+    code, said, _ = look("round", "close", *here)
+    assert (code, said) == (0, "closed round 1 with 1 update\n")
+    federation.wait_for_round(1)
+    assert federation.versions()[1]["num_updates"] == 1
+    federation.release("agent-1")
+    assert coordinator.wait() == 0
+    assert federation.versions()[2]["num_updates"] == 2
+    code, _, error = look("round", "close", *here)
+    assert (code, error) == (2, f"coordinator: no coordinator is running in {federation.state_dir()}\n")
+
+
+def test_below_the_quorum_a_closed_round_is_tried_again_and_the_operator_is_told_why(mosquitto, make_federation, look):
+    federation = make_federation(mosquitto.url)
+    here = ["--state-dir", str(federation.state_dir())]
+    federation.hold("agent-0", training=1)
+    federation.start_agents(1)
+    coordinator = federation.start_coordinator(rounds=1, min_agents=1)
+    federation.wait_for_training("agent-0", 1)
+    code, said, _ = look("round", "close", *here, "--json")
+    closed = json.loads(said)
+    assert (code, closed["outcome"], closed["round_num"]) == (1, "abandoned", 1)
+    assert "0 updates, quorum is 1, when the operator closed it: agent-0 accepted; " in closed["text"]
+    federation.release("agent-0")
+    assert coordinator.wait() == 0
+    assert federation.attempts(1)[0] == 2
+
+
 # Help.
 
 

@@ -131,7 +131,17 @@ def test_make_targets_that_a_page_names_exist(path):
 
 
 def commands() -> list[tuple[str, click.Command]]:
-    return [(f"{program} {name}", each) for program, group in PROGRAMS.items() for name, each in group.commands.items()]
+    return [found for program, group in PROGRAMS.items() for found in within(program, group)]
+
+
+def within(path: str, group: click.Group) -> list[tuple[str, click.Command]]:
+    """The commands of a group, and those of groups in it."""
+    found: list[tuple[str, click.Command]] = []
+    for name, command in group.commands.items():
+        found.append((f"{path} {name}", command))
+        if isinstance(command, click.Group):
+            found += within(f"{path} {name}", command)
+    return found
 
 
 def understood(program: str, arguments: list[str]) -> None:
@@ -147,12 +157,24 @@ def understood(program: str, arguments: list[str]) -> None:
         return
     if arguments[0] not in group.commands:
         raise click.UsageError(f"no such command: {arguments[0]}")
-    command = group.commands[arguments[0]]
+    command: click.Command = group.commands[arguments[0]]
     with group.context_class(group, info_name=program) as parent:
         context = command.make_context(arguments[0], arguments[1:], parent=parent)
+    while isinstance(command, click.Group) and (rest := _rest(context)):
+        if rest[0] not in command.commands:
+            raise click.UsageError(f"no such command: {rest[0]}")
+        command = command.commands[rest[0]]
+        with context:
+            context = command.make_context(rest[0], rest[1:], parent=context)
     for assignment in context.params.get("assignments", ()):
         if assignment.partition("=")[0] not in SETTINGS:
             raise click.UsageError(f"--set {assignment}: no such setting")
+
+
+def _rest(context: click.Context) -> list[str]:
+    """What a group leaves for the command in it; older versions of click keep the command's name in public."""
+    name = context._protected_args if hasattr(context, "_protected_args") else context.protected_args
+    return [*name, *context.args]
 
 
 def called(line: str) -> Iterator[tuple[str, list[str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 
@@ -14,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator import run_events as ev
 from coordinator.board import AgentView, Board, Shared
+from coordinator.client import AwayError, RefusedError, Running
+from coordinator.control import Asked, Closed, Control
 from coordinator.http import SERVICE_FILE, Heart, HttpError, HttpServer, make_app
 from coordinator.metrics import Metrics
 from coordinator.store import Store
@@ -32,14 +35,23 @@ class Talk:
         self.heart = Heart()
         self.registry = CollectorRegistry()
         self.metrics = Metrics("lab", self.registry)
-        self.app = make_app(self.registry, self.shared, self.store, self.heart)
+        self.asked: list[Asked] = []
+        self.closed = Closed(outcome="closed", round_num=3, num_updates=2, text="closed round 3 with 2 updates")
+        self.control = Control(self.take)
+        self.app = make_app(self.registry, self.shared, self.store, self.heart, self.control)
 
-    def request(self, method: str, path: str) -> httpx.Response:
+    def take(self, asked: Asked) -> None:
+        """Answer at once what is asked, as the coordinator's loop does within a turn."""
+        self.asked.append(asked)
+        asked.answer.set_result(self.closed)
+
+    def request(self, method: str, path: str, token: str = "") -> httpx.Response:
         """Ask the application itself: no socket, no server."""
 
         async def ask() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://lab") as client:
-                return await client.request(method, path)
+                headers = {"authorization": f"Bearer {token}"} if token else {}
+                return await client.request(method, path, headers=headers)
 
         return asyncio.run(ask())
 
@@ -171,6 +183,46 @@ def test_nothing_can_be_changed(talk, path, method):
     assert talk.request(method, path).status_code == 405
 
 
+# What an operator may change.
+
+
+def test_whoever_has_the_token_closes_the_round_and_is_told_what_came_of_it(talk):
+    answer = talk.request("POST", "/api/v1/round/close", talk.control.token)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "outcome": "closed",
+        "round_num": 3,
+        "num_updates": 2,
+        "text": "closed round 3 with 2 updates",
+    }
+    assert [type(asked.event) for asked in talk.asked] == [ev.CloseAsked]
+
+
+@pytest.mark.parametrize("token", ["", "wrong"])
+def test_without_the_token_nothing_is_asked_of_the_coordinator(talk, token):
+    answer = talk.request("POST", "/api/v1/round/close", token)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert "service.json in the state directory" in answer.json()["error"]
+    assert talk.control.token not in answer.text
+    assert talk.asked == []
+
+
+def test_an_application_without_an_operator_lets_nobody_in(talk):
+    talk.app = make_app(talk.registry, talk.shared, talk.store, talk.heart)
+    assert talk.request("POST", "/api/v1/round/close", talk.control.token).status_code == 401
+
+
+def test_closing_needs_a_post_and_a_loop_that_stalls_is_said_to(talk, monkeypatch):
+    assert talk.request("GET", "/api/v1/round/close", talk.control.token).status_code == 405
+    monkeypatch.setattr("coordinator.http._ANSWER_S", 0.01)
+    talk.take = talk.control._put = talk.asked.append
+    answer = talk.request("POST", "/api/v1/round/close", talk.control.token)
+    assert answer.status_code == 503
+    assert "see /healthz" in answer.json()["error"]
+    # Who asked has gone: an answer that comes now is for nobody, and breaks nothing.
+    assert not talk.asked[0].answer.set_running_or_notify_cancel()
+
+
 # The server.
 
 
@@ -185,6 +237,31 @@ def test_a_server_tells_where_it_is_serves_and_leaves_nothing_behind(talk, tmp_p
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz", timeout=1)
     HttpServer(talk.app, "127.0.0.1", server.port, tmp_path)._socket.close()
+
+
+def test_the_token_is_for_the_owner_of_the_state_directory_alone(talk, tmp_path, caplog):
+    (tmp_path / "service.tmp").write_text("left by a process that died")
+    server = HttpServer(talk.app, "127.0.0.1", 0, tmp_path, talk.control.token)
+    with caplog.at_level(logging.DEBUG):
+        server.start()
+        try:
+            file = tmp_path / SERVICE_FILE
+            assert json.loads(file.read_text())["token"] == talk.control.token
+            assert file.stat().st_mode & 0o777 == 0o600
+            assert talk.control.token not in caplog.text
+            running = Running.find(tmp_path)
+            assert running.post("/api/v1/round/close")["outcome"] == "closed"
+            assert talk.control.token not in repr(running)
+            with pytest.raises(RefusedError, match="this needs the token"):
+                Running(running.url, "wrong").post("/api/v1/round/close")
+            with pytest.raises(RefusedError, match="there is no such run"):
+                running.get("/api/v1/runs/none/versions")
+        finally:
+            server.stop()
+    with pytest.raises(AwayError, match=rf"no coordinator is running in {tmp_path}"):
+        Running.find(tmp_path)
+    with pytest.raises(AwayError, match=rf"{running.url} does not answer: Connection refused"):
+        running.get("/api/v1/status")
 
 
 def test_a_server_that_is_stopped_at_once_leaves_nothing_behind_either(talk, tmp_path):
