@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from coordinator.run_events import AcceptedUpdate
 from midge.wire.messages import Evaluation
 
 _NUM_EVENTS = 50
 HISTORY = 1000
 """Rounds that are remembered here; the database has them all."""
+AGENT_ROUNDS = 20
+"""Rounds that are remembered here of each agent."""
+SCORED_AGENTS = 100
+"""Agents whose rounds are remembered here: the first that report."""
 
 
 class AgentView(msgspec.Struct):
@@ -43,6 +49,26 @@ class RoundView(msgspec.Struct):
         return self.central or self.federated
 
 
+class AgentRound(msgspec.Struct):
+    """What an agent's update said of one round.
+
+    Attributes:
+        round_num: the round.
+        num_examples: that it trained on.
+        norm: L2 norm of its delta.
+        training_s: how long it trained.
+        training_loss: its mean loss over the last local epoch, where the task tells.
+        evaluation: of version `round_num - 1`, which it trained from, on its own data, before it trained.
+    """
+
+    round_num: int
+    num_examples: int
+    norm: float
+    training_s: float
+    training_loss: float | None = None
+    evaluation: Evaluation | None = None
+
+
 class Board(msgspec.Struct):
     """The whole of it."""
 
@@ -62,7 +88,26 @@ class Board(msgspec.Struct):
     best_value: float | None = None
     agents: dict[str, AgentView] = {}
     history: dict[int, RoundView] = {}
+    agent_rounds: dict[str, dict[int, AgentRound]] = {}
     events: list[str] = []
+
+    def add_update(self, round_num: int, update: AcceptedUpdate) -> None:
+        """Remember what an accepted update says of its agent, where there is room."""
+        rounds = self.agent_rounds.get(update.agent_id)
+        if rounds is None:
+            if len(self.agent_rounds) >= SCORED_AGENTS:
+                return
+            rounds = self.agent_rounds[update.agent_id] = {}
+        rounds[round_num] = AgentRound(
+            round_num,
+            update.num_examples,
+            update.norm,
+            update.training_s,
+            update.metrics.get("loss"),
+            update.evaluation,
+        )
+        while len(rounds) > AGENT_ROUNDS:
+            rounds.pop(next(iter(rounds)))
 
     def add_event(self, text: str) -> None:
         """Note something that a person should read."""
@@ -91,4 +136,24 @@ class Shared:
             copied: dict[str, Any] = msgspec.to_builtins(self.board)
         copied["history"] = list(copied["history"].values())
         copied["agents"] = [copied["agents"][agent_id] for agent_id in sorted(copied["agents"])]
+        rounds = copied["agent_rounds"]
+        copied["agent_rounds"] = {agent_id: list(rounds[agent_id].values()) for agent_id in sorted(rounds)}
         return copied
+
+
+def from_snapshot(snapshot: Mapping[str, Any]) -> Board:
+    """The board that a snapshot was made of.
+
+    Raises:
+        msgspec.ValidationError: it is none: of another version of Midge, say.
+    """
+    fields = {
+        **snapshot,
+        "history": {view["round_num"]: view for view in snapshot.get("history", ())},
+        "agents": {view["agent_id"]: view for view in snapshot.get("agents", ())},
+        "agent_rounds": {
+            agent_id: {view["round_num"]: view for view in views}
+            for agent_id, views in snapshot.get("agent_rounds", {}).items()
+        },
+    }
+    return msgspec.convert(fields, Board)

@@ -120,6 +120,27 @@ def status(state_dir: Path, as_json: bool) -> None:
 
 @main.command()
 @_looking
+@click.option("--url", metavar="URL", help="Of a coordinator elsewhere, as http://server:8080; instead of --state-dir.")
+@click.option("--once", is_flag=True, help="Show how things are now, and exit.")
+def watch(state_dir: Path, as_json: bool, url: str | None, once: bool) -> None:
+    """Follow a running coordinator live: run, round, agents, and how well the model does on each agent's data, by round.
+
+    Waits for a coordinator that is not there yet, and ends with the run. Exit codes: 0 the run is done or was stopped, 1 it
+    failed, 2 wrong use (with --once: no coordinator answers too), 130 Ctrl-C. With --json, each change is one line of JSON.
+
+    \b
+    Examples:
+      coordinator watch --state-dir midge-state
+      coordinator watch --url http://server:8080
+      coordinator watch --once --json
+    """
+    from coordinator import watch as watching  # noqa: PLC0415
+
+    sys.exit(watching.watch(state_dir, url, once=once, as_json=as_json))
+
+
+@main.command()
+@_looking
 def agents(state_dir: Path, as_json: bool) -> None:
     """The agents that were heard of.
 

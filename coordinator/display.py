@@ -7,6 +7,7 @@ from statistics import median
 from types import TracebackType
 from typing import Self
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -14,11 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.board import AgentView, Board, Shared
+from midge.wire.messages import Evaluation
 
-_FRAMES_PER_SECOND = 8
+FRAMES_PER_SECOND = 8
 _MAX_AGENTS = 12
 _SPARKS = "▁▂▃▄▅▆▇█"
 _NUM_SPARKS = 24
+_NUM_COLUMNS = 8
+"""Rounds that the table of agents by round shows."""
 _STYLES = {
     "fetching": "blue",
     "training": "cyan",
@@ -65,7 +69,7 @@ class Display:
         self._live = Live(
             console=console,
             get_renderable=self._view,
-            refresh_per_second=_FRAMES_PER_SECOND,
+            refresh_per_second=FRAMES_PER_SECOND,
             transient=transient,
         )
 
@@ -99,6 +103,49 @@ def render(board: Board, title: str = "", captions: Mapping[str, str] | None = N
     if board.events:
         parts.append(Text(board.events[-1], style="yellow"))
     return Group(*parts)
+
+
+def performance(board: Board) -> RenderableType:
+    """How the model does by round: on the test data, over all agents, and on each agent's own data.
+
+    A column is a version. Agents score version r - 1 in round r, before they train from it; their training loss is of round r.
+    Empty where no agent has reported.
+    """
+    if not board.agent_rounds:
+        return ""
+    by_agent = {
+        agent_id: {number - 1: one.evaluation for number, one in rounds.items() if one.evaluation is not None}
+        for agent_id, rounds in board.agent_rounds.items()
+    }
+    scores = [score for versions in by_agent.values() for score in versions.values()]
+    metric = "accuracy" if scores and all("accuracy" in score.metrics for score in scores) else "loss"
+    versions = sorted(set(board.history) | {number for each in by_agent.values() for number in each})[-_NUM_COLUMNS:]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
+    table.title = f"{metric} of the global model after round"
+    table.add_column("on the data of")
+    for number in versions:
+        table.add_column(str(number), justify="right")
+    table.add_column("training loss", justify="right")
+    for name, source in (("the test set", "central"), ("all agents", "federated")):
+        globals_ = {number: getattr(board.history[number], source) for number in versions if number in board.history}
+        if any(globals_.values()):
+            table.add_row(name, *(_score(globals_.get(number), metric) for number in versions), "", style="bold")
+    ordered = sorted(by_agent, key=_natural)
+    for agent_id in ordered[:_MAX_AGENTS]:
+        last = board.agent_rounds[agent_id][max(board.agent_rounds[agent_id])]
+        loss = "" if last.training_loss is None else f"{last.training_loss:.4f}"
+        table.add_row(agent_id, *(_score(by_agent[agent_id].get(number), metric) for number in versions), loss)
+    if len(ordered) > _MAX_AGENTS:
+        table.add_row(f"and {len(ordered) - _MAX_AGENTS} more")
+    return table
+
+
+def _score(score: Evaluation | None, metric: str) -> str:
+    if score is None:
+        return ""
+    if metric == "loss":
+        return f"{score.loss:.4f}"
+    return f"{score.metrics[metric]:.1%}" if metric in score.metrics else ""
 
 
 def progress_row(name: str, done: int, total: int, beside: str, width: int = 0) -> RenderableType:

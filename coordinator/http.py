@@ -4,6 +4,7 @@
 /healthz        200 while the loop and the network thread turn; 503 where one has not for a while
 /readyz         200 while the broker can be reached and the state directory written; else 503 and why
 /api/v1/status  the board: run, round, agents, history
+/api/v1/watch   the board, a line each time that it changed, until the run is over
 /api/v1/runs, /api/v1/runs/{run_id}/versions, /api/v1/agents
 /api/v1/runs/{run_id}/updates  what each agent's updates said: metrics of the training and of the evaluation before it
 
@@ -17,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +32,25 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from coordinator.board import Shared
 from coordinator.control import Control
 from coordinator.metrics import CollectorRegistry, render
+from coordinator.run import FINAL
 from coordinator.store import Store
 from midge.log import log_event
 
 _log = logging.getLogger("coordinator")
 SERVICE_FILE = "service.json"
 _STALLED_S = 30.0
+_WATCH_EVERY_S = 0.25
+"""Less than what the server waits at its end: so the last line, that the run is over, still goes out."""
+_SILENCE_S = 5.0
+"""A watcher hears something at least this often, and knows that we live."""
+_MAX_WATCHERS = 16
+_FINAL_STATES = frozenset(FINAL)
 _ANSWER_S = 20.0
 """A turn of the coordinator's loop takes milliseconds; one that takes so long is stalled, or over."""
 
@@ -88,6 +98,29 @@ def make_app(
     async def status(request: Request) -> Response:  # noqa: ARG001
         return _json(await run_in_threadpool(shared.snapshot))
 
+    num_watchers = 0
+
+    async def boards() -> AsyncIterator[bytes]:
+        nonlocal num_watchers
+        num_watchers += 1
+        try:
+            said, said_at = b"", -math.inf
+            while True:
+                line, is_over = await run_in_threadpool(_board_line, shared)
+                if line != said or time.monotonic() - said_at > _SILENCE_S:
+                    yield line
+                    said, said_at = line, time.monotonic()
+                if is_over:
+                    return
+                await asyncio.sleep(_WATCH_EVERY_S)
+        finally:
+            num_watchers -= 1
+
+    async def watch(request: Request) -> Response:  # noqa: ARG001
+        if num_watchers >= _MAX_WATCHERS:
+            return JSONResponse({"error": f"{_MAX_WATCHERS} are watching already; ask /api/v1/status"}, 503)
+        return StreamingResponse(boards(), media_type="application/x-ndjson")
+
     async def runs(request: Request) -> Response:  # noqa: ARG001
         return _json(await run_in_threadpool(store.runs))
 
@@ -125,6 +158,7 @@ def make_app(
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/api/v1/status", status),
+            Route("/api/v1/watch", watch),
             Route("/api/v1/runs", runs),
             Route("/api/v1/runs/{run_id}/versions", versions),
             Route("/api/v1/runs/{run_id}/updates", updates),
@@ -178,6 +212,12 @@ class HttpServer:
         self._thread.join(timeout=3.0)
         self._socket.close()
         self._file.unlink(missing_ok=True)
+
+
+def _board_line(shared: Shared) -> tuple[bytes, bool]:
+    """The board as a line of JSON, and whether its run is over."""
+    snapshot = shared.snapshot()
+    return msgspec.json.encode(snapshot) + b"\n", snapshot["state"] in _FINAL_STATES
 
 
 def _unauthorized() -> Response:

@@ -200,6 +200,8 @@ class Watch:
     def _saved(self, save: ev.Save) -> None:
         board, run = self._shared.board, self.run_id
         match save:
+            case ev.SaveUpdate(round_num, update):
+                board.add_update(round_num, update)
             case ev.SaveVersion():
                 view = board.round_view(save.round_num)
                 view.duration_s, view.num_updates = save.duration_s, save.num_updates

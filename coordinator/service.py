@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from coordinator import run_events as ev
-from coordinator.board import Board, Shared
+from coordinator.board import AGENT_ROUNDS, Board, Shared
 from coordinator.compute import Compute, Computed
 from coordinator.config import Settings, differences, run_definition, run_fingerprint, strategy_of
 from coordinator.control import Asked, Closed, Closing, Control
@@ -363,6 +363,9 @@ class Service:
                     "federated",
                 ):
                     setattr(view, name, version[name])
+            for round_num in list(board.history)[-AGENT_ROUNDS:]:
+                for update in self.store.updates(config.run_id, round_num):
+                    board.add_update(round_num, update)
         log_event(_log, logging.INFO, f"run {word}", run=config.run_id, task=config.task, rounds=config.rounds)
 
     def _look_at_other_runs(self, run_id: str | None) -> None:

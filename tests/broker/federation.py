@@ -182,6 +182,10 @@ class Federation:
         """`agent-0` with part 0, and so on."""
         return [self.start_agent(f"agent-{part}", part=part) for part in range(number)]
 
+    def start_watcher(self, name: str, *options: str) -> Program:
+        """`coordinator watch`."""
+        return self._start(name, "coordinator", ["watch", "--state-dir", str(self.state_dir()), *options])
+
     def end(self) -> None:
         """End what still runs, and print the end of every log."""
         for program in self.programs:

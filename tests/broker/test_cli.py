@@ -207,6 +207,60 @@ def test_a_directory_that_no_coordinator_used_is_said_to_be_one(command, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+# Watching.
+
+
+def test_a_watcher_waits_for_the_coordinator_follows_it_and_ends_with_the_run(mosquitto, make_federation, look):
+    federation = make_federation(mosquitto.url)
+    here = ["--state-dir", str(federation.state_dir())]
+    code, _, said = look("watch", "--once", *here)
+    assert (code, said) == (2, f"coordinator: no coordinator is running in {federation.state_dir()}\n")
+    plain, scripted = (
+        federation.start_watcher(name, *options) for name, options in (("plain", ()), ("json", ("--json",)))
+    )
+    plain.wait_for_log("waiting for one (Ctrl-C ends this)")
+    scripted.wait_for_log("waiting for one")
+    federation.start_agents(2)
+    coordinator = federation.start_coordinator(rounds=3, min_agents=2)
+    assert (coordinator.wait(), plain.wait(), scripted.wait()) == (0, 0, 0)
+    assert f"{federation.run_id()}  done: 3 rounds  after round 2: loss " in plain.log()
+    boards = [json.loads(line) for line in scripted.log().splitlines() if line.startswith("{")]
+    assert boards[-1]["state"] == "done"
+    rounds = boards[-1]["agent_rounds"]
+    assert {agent_id: [one["round_num"] for one in of] for agent_id, of in rounds.items()} == {
+        "agent-0": [1, 2, 3],
+        "agent-1": [1, 2, 3],
+    }
+    evaluation = federation.updates(2)["agent-1"].evaluation
+    assert rounds["agent-1"][1]["evaluation"]["loss"] == evaluation.loss
+
+
+def test_a_watcher_of_a_coordinator_that_was_killed_waits_and_exits_with_1_when_the_run_fails(
+    mosquitto, make_federation
+):
+    federation = make_federation(mosquitto.url)
+    coordinator = federation.start_coordinator(min_agents=1)
+    watcher = federation.start_watcher("watcher")
+    watcher.wait_for_log("waiting for agents: 0 of 1 are there")
+    coordinator.kill()
+    watcher.wait_for_log("does not answer: Connection refused; waiting for one")
+    assert watcher.is_running
+    assert federation.start_coordinator(min_agents=1, start_deadline_s=0.3).wait() == 1
+    assert watcher.wait() == 1
+    assert "Traceback" not in watcher.log()
+
+
+def test_ctrl_c_ends_a_watcher_and_nothing_else(mosquitto, make_federation):
+    federation = make_federation(mosquitto.url)
+    coordinator = federation.start_coordinator(min_agents=1)
+    watcher = federation.start_watcher("watcher")
+    watcher.wait_for_log("waiting for agents")
+    watcher.send_signal(signal.SIGINT)
+    assert watcher.wait() == 130
+    assert "Traceback" not in watcher.log()
+    assert coordinator.is_running
+
+
 # Closing a round.
 
 

@@ -6,8 +6,19 @@ import threading
 
 import msgspec
 
-from coordinator.board import HISTORY, AgentView, Board, RoundView, Shared
+from coordinator.board import (
+    AGENT_ROUNDS,
+    HISTORY,
+    SCORED_AGENTS,
+    AgentRound,
+    AgentView,
+    Board,
+    RoundView,
+    Shared,
+    from_snapshot,
+)
 from coordinator.cohort import AgentState
+from coordinator.run_events import AcceptedUpdate
 from midge.wire.messages import Evaluation
 
 CENTRAL = Evaluation(num_examples=10, loss=0.5, metrics={"accuracy": 0.75})
@@ -44,6 +55,36 @@ def test_a_rounds_score_is_the_central_one_where_there_is_one():
     assert RoundView(1).score is None
     assert RoundView(1, federated=FEDERATED).score == FEDERATED
     assert RoundView(1, central=CENTRAL, federated=FEDERATED).score == CENTRAL
+
+
+def update(agent_id: str, **fields) -> AcceptedUpdate:
+    return AcceptedUpdate(agent_id, 1, "", 10, (), 0.5, 2.0, **fields)
+
+
+def test_what_an_update_says_of_its_agent_is_kept_by_round():
+    made = board()
+    made.add_update(3, update("a", metrics={"loss": 0.125, "a task's own": 1.0}, evaluation=FEDERATED))
+    made.add_update(4, update("a"))
+    assert made.agent_rounds == {
+        "a": {3: AgentRound(3, 10, 0.5, 2.0, 0.125, FEDERATED), 4: AgentRound(4, 10, 0.5, 2.0)}
+    }
+
+
+def test_only_the_latest_rounds_of_the_first_agents_are_kept():
+    made = board()
+    for number in range(SCORED_AGENTS + 5):
+        for round_num in range(1, AGENT_ROUNDS + 4):
+            made.add_update(round_num, update(f"a-{number}"))
+    assert list(made.agent_rounds) == [f"a-{number}" for number in range(SCORED_AGENTS)]
+    assert all(list(rounds) == list(range(4, AGENT_ROUNDS + 4)) for rounds in made.agent_rounds.values())
+
+
+def test_a_board_comes_back_from_its_snapshot():
+    shared = Shared(board())
+    shared.board.agents["a"] = AgentView("a", presence=AgentState.ONLINE)
+    shared.board.round_view(0).central = CENTRAL
+    shared.board.add_update(1, update("a", evaluation=FEDERATED))
+    assert from_snapshot(msgspec.json.decode(msgspec.json.encode(shared.snapshot()))) == shared.board
 
 
 def test_two_boards_share_nothing():

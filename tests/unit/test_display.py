@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from coordinator.board import AgentView, Board, Shared
-from coordinator.display import Display, render, sparkline
+from coordinator.display import Display, performance, render, sparkline
+from coordinator.run_events import AcceptedUpdate
 from midge.wire.messages import Evaluation
 
 
@@ -166,3 +167,65 @@ def test_a_live_view_draws_what_is_below_it_and_leaves_the_last_state():
     text = file.getvalue()
     assert "press Ctrl-C to stop" in text
     assert text.rindex("done: 3 rounds") > text.index("Midge")
+
+
+# By agent and round.
+
+
+def reported(made: Board, agent_id: str, round_num: int, accuracy: float | None = None, loss: float = 0.5) -> None:
+    """An update: how the version before did on the agent's data, and a training loss of a quarter of that loss."""
+    metrics = {} if accuracy is None else {"accuracy": accuracy}
+    evaluation = Evaluation(num_examples=10, loss=loss, metrics=metrics)
+    made.add_update(
+        round_num, AcceptedUpdate(agent_id, 1, "", 10, (), 1.0, metrics={"loss": loss / 4}, evaluation=evaluation)
+    )
+
+
+def rows(made: Board, columns: int = 100) -> dict[str, list[str]]:
+    """The cells of the table by the first one."""
+    file = io.StringIO()
+    Console(file=file, width=columns, force_terminal=False, color_system=None).print(performance(made))
+    lines = [line for line in file.getvalue().splitlines() if line.strip() and "─" not in line]
+    assert all(len(line) <= columns for line in lines)
+    split = [[cell for cell in line.strip().split("  ") if cell] for line in lines]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in split}
+
+
+def test_before_an_agent_has_reported_there_is_no_table():
+    assert performance(board()) == ""
+
+
+def test_each_agents_scores_stand_under_the_version_that_they_are_of():
+    made = committed(board(rounds=10), 1.0)  # versions 0 and 1, of accuracy 0.0 and 0.1
+    made.round_view(0).federated = Evaluation(num_examples=20, loss=1.0, metrics={"accuracy": 0.25})
+    reported(made, "pi-1", 1, accuracy=0.2)
+    reported(made, "pi-2", 1, accuracy=0.3)
+    reported(made, "pi-2", 2, accuracy=0.4, loss=0.2)  # in round 2 it scores version 1
+    assert rows(made) == {
+        "accuracy of the global model after round": [],
+        "on the data of": ["0", "1", "training loss"],
+        "the test set": ["0.0%", "10.0%"],
+        "all agents": ["25.0%"],
+        "pi-1": ["20.0%", "0.1250"],
+        "pi-2": ["30.0%", "40.0%", "0.0500"],
+    }
+
+
+def test_where_an_agent_tells_no_accuracy_losses_are_compared():
+    made = board(rounds=10)
+    reported(made, "pi-1", 1, accuracy=0.2)
+    reported(made, "pi-2", 1)
+    seen = rows(made)
+    assert "loss of the global model after round" in seen
+    assert seen["pi-1"] == seen["pi-2"] == ["0.5000", "0.1250"]
+
+
+def test_only_the_last_rounds_and_the_first_agents_are_in_the_table():
+    made = board(rounds=99)
+    for number in range(20):
+        for round_num in range(1, 31):
+            reported(made, f"pi-{number}", round_num, accuracy=0.5)
+    seen = rows(made)
+    assert seen["on the data of"] == [*map(str, range(22, 30)), "training loss"]
+    assert [name for name in seen if name.startswith("pi-")] == [f"pi-{number}" for number in range(12)]
+    assert "and 8 more" in seen

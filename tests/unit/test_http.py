@@ -183,6 +183,48 @@ def test_nothing_can_be_changed(talk, path, method):
     assert talk.request(method, path).status_code == 405
 
 
+def test_a_watcher_hears_each_change_until_the_run_is_over(talk, tmp_path):
+    server = HttpServer(talk.app, "127.0.0.1", 0, tmp_path)
+    server.start()
+    try:
+        lines = Running.find(tmp_path).lines("/api/v1/watch")
+        assert json.loads(next(lines))["round_num"] == 0
+        talk.shared.board.round_num = 1
+        assert json.loads(next(lines))["round_num"] == 1
+        talk.shared.board.state = "done"
+        assert json.loads(next(lines))["state"] == "done"
+        assert list(lines) == []
+    finally:
+        server.stop()
+
+
+def test_the_last_word_still_goes_out_when_the_server_ends_right_after_it(talk, tmp_path):
+    server = HttpServer(talk.app, "127.0.0.1", 0, tmp_path)
+    server.start()
+    lines = Running.find(tmp_path).lines("/api/v1/watch")
+    next(lines)
+    talk.shared.board.state = "failed"
+    server.stop()
+    assert [json.loads(line)["state"] for line in lines] == ["failed"]
+
+
+def test_watchers_beyond_a_number_are_sent_to_the_status(talk, tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.http._MAX_WATCHERS", 1)
+    server = HttpServer(talk.app, "127.0.0.1", 0, tmp_path)
+    server.start()
+    try:
+        running = Running.find(tmp_path)
+        first = running.lines("/api/v1/watch")
+        next(first)
+        with pytest.raises(RefusedError, match="1 are watching already; ask /api/v1/status"):
+            next(running.lines("/api/v1/watch"))
+        talk.shared.board.state = "done"
+        assert len(list(first)) == 1
+        assert len(list(running.lines("/api/v1/watch"))) == 1  # there is room again
+    finally:
+        server.stop()
+
+
 # What an operator may change.
 
 
