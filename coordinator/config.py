@@ -156,6 +156,9 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         str, Meta(min_length=1, max_length=255, description="Address that metrics, health and the API are served at.")
     ] = "127.0.0.1"
     http_port: Annotated[int, Meta(ge=0, le=65_535, description="Its port; 0: any free one.")] = 8080
+    agent_metrics: Annotated[
+        int, Meta(ge=0, le=1000, description="Agents that metrics show each by itself: the first that report; 0: none.")
+    ] = 50
 
     @property
     def needed_updates(self) -> int:

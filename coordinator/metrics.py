@@ -5,8 +5,8 @@ docs/metrics.md (a test holds page and code together). Four rules keep the numbe
 
 * **Nothing is global.** The registry is passed in, so two federations in one process, or two tests, never share a series.
 * **Every label is bounded.** `federation` has one value and `run` one for each run until `forget_run`; all others come from the
-  closed sets below, and a reason that is in none of them is counted as `other`. No agent is named: a fleet of ten
-  thousand makes as many series as a fleet of two.
+  closed sets below, and a reason that is in none of them is counted as `other`. Agents are named in four gauges alone, and
+  there `max_agents` at most: a fleet of ten thousand makes as many series as a fleet of fifty.
 * **What is truly 0 is shown as 0 from the start**, so that `rate()` sees the first event and no panel is empty. What is not
   known yet (an accuracy before the first evaluation) is absent rather than 0.
 * **The broker's own numbers are read on scrape** and forgotten when the connection ends, so an old value is never shown as new.
@@ -89,11 +89,21 @@ class Metrics:
     Args:
         federation: its identifier, the value of the label `federation`.
         registry: where the series are registered; each `Metrics` needs one of its own.
+        max_agents: agents with series of their own: the first that report, until they are gone or their run is over.
         clock: the time now, in seconds since 1970 (UTC), as Prometheus has it.
     """
 
-    def __init__(self, federation: str, registry: CollectorRegistry, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        federation: str,
+        registry: CollectorRegistry,
+        *,
+        max_agents: int = 50,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._federation = federation
+        self._max_agents = max_agents
+        self._by_agent: dict[str, set[tuple[str, _Series]]] = {}
         self._registry = registry
         self._clock = clock
         self._zeroes: list[_Series] = []
@@ -147,6 +157,10 @@ class Metrics:
         """Remove the run's series. Call it for a run that ended when the next one begins, so that runs do not pile up."""
         for metric, labels in self._runs.pop(run, ()):
             metric.remove(*labels)
+        for agent_id, shown in list(self._by_agent.items()):
+            shown -= {each for each in shown if each[0] == run}
+            if not shown:
+                del self._by_agent[agent_id]
 
     # What was learned.
 
@@ -177,6 +191,52 @@ class Metrics:
         self._of(self._loss, run, source).set(loss)
         if "accuracy" in metrics:
             self._of(self._accuracy, run, source).set(metrics["accuracy"])
+
+    def agent_reported(
+        self,
+        run: str,
+        agent_id: str,
+        *,
+        norm: float,
+        training_loss: float | None = None,
+        loss: float | None = None,
+        accuracy: float | None = None,
+    ) -> None:
+        """An agent's update counts; shown where there is room for the agent.
+
+        Args:
+            run: the run.
+            agent_id: the agent.
+            norm: L2 norm of its delta.
+            training_loss: mean loss of its training, where the task tells.
+            loss: of the version that it trained from, on its own data, where it was evaluated.
+            accuracy: of that version there, 0 to 1, where the task tells.
+        """
+        if agent_id not in self._by_agent and len(self._by_agent) >= self._max_agents:
+            return
+        shown = self._by_agent.setdefault(agent_id, set())
+        gauges = (
+            (self._agent_norm, norm),
+            (self._agent_training_loss, training_loss),
+            (self._agent_loss, loss),
+            (self._agent_accuracy, accuracy),
+        )
+        for gauge, value in gauges:
+            if value is not None:
+                self._of(gauge, run, agent_id).set(value)
+                shown.add((run, (gauge, (self._federation, run, agent_id))))
+
+    def forget_agent(self, agent_id: str) -> None:
+        """The agent is gone: its series go, and there is room for another."""
+        for run, series in self._by_agent.pop(agent_id, ()):
+            metric, labels = series
+            metric.remove(*labels)
+            self._runs[run].discard(series)
+
+    def forget_agents(self) -> None:
+        """The run is over: what its agents last said is not said for ever."""
+        for agent_id in list(self._by_agent):
+            self.forget_agent(agent_id)
 
     def best(self, run: str, value: float) -> None:
         """The best value so far of the metric that the run keeps its best model by."""
@@ -276,6 +336,17 @@ class Metrics:
         self._last_commit = new(
             Gauge, "midge_last_commit_timestamp_seconds", "When the last version was committed.", zeroes=()
         )
+        agent = ("agent_id",)
+        self._agent_loss = new(
+            Gauge, "midge_agent_loss", "Loss of the global model on an agent's data.", agent, zeroes=()
+        )
+        self._agent_accuracy = new(
+            Gauge, "midge_agent_accuracy_ratio", "Accuracy of the global model on an agent's data.", agent, zeroes=()
+        )
+        self._agent_training_loss = new(
+            Gauge, "midge_agent_training_loss", "Loss of an agent's last training.", agent, zeroes=()
+        )
+        self._agent_norm = new(Gauge, "midge_agent_update_norm", "L2 norm of an agent's last delta.", agent, zeroes=())
         self._updates_received = new(Counter, "midge_updates_received_total", "Updates that came in as a whole.")
         self._updates = new(
             Counter,

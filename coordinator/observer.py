@@ -97,6 +97,7 @@ class Watch:
             view.presence = agent.state
             if agent.state is AgentState.OFFLINE:
                 view.activity = "offline"
+                self._metrics.forget_agent(agent_id)
             elif view.activity == "offline":
                 view.activity = "idle"
         if change is not None:
@@ -130,6 +131,7 @@ class Watch:
                 self._metrics.run_state(run, cast("Any", _RUN_STATES.get(state, state)))
                 level = logging.ERROR if state == "failed" else logging.INFO
                 if state in ("done", "failed", "stopped"):
+                    self._metrics.forget_agents()
                     log_event(_log, level, f"run {state}", run=run, **cast("Any", {"reason": reason} if reason else {}))
             case ev.RoundOpened(round_num, attempt):
                 board.round_num, board.attempt = round_num, attempt
@@ -202,6 +204,15 @@ class Watch:
         match save:
             case ev.SaveUpdate(round_num, update):
                 board.add_update(round_num, update)
+                score = update.evaluation
+                self._metrics.agent_reported(
+                    run,
+                    update.agent_id,
+                    norm=update.norm,
+                    training_loss=update.metrics.get("loss"),
+                    loss=None if score is None else score.loss,
+                    accuracy=None if score is None else score.metrics.get("accuracy"),
+                )
             case ev.SaveVersion():
                 view = board.round_view(save.round_num)
                 view.duration_s, view.num_updates = save.duration_s, save.num_updates

@@ -90,7 +90,8 @@ class Service:
         self.models = ModelStore(self._state_dir / "models")
         self._spool = Spool(self._state_dir / "spool")
         self._registry = CollectorRegistry()
-        self._watch = Watch(Metrics(settings.federation, self._registry), self.shared)
+        metrics = Metrics(settings.federation, self._registry, max_agents=settings.agent_metrics)
+        self._watch = Watch(metrics, self.shared)
         self._compute: Compute | None = None
         self._made: Made | None = None
         self._retention = Retention(self.store, self.models, self._spool, settings.keep_models)

@@ -70,6 +70,7 @@ WORKING = {
     "aggregation_threads": 2,
     "http_host": "::",
     "http_port": 0,
+    "agent_metrics": 0,
 }
 
 

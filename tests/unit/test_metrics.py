@@ -51,6 +51,7 @@ def everything_happens(metrics: Metrics, run: str = "a") -> None:
     for source in ("central", "federated"):
         metrics.evaluated(run, source, 0.25, {"accuracy": 0.75, "a task's own": 3.0})
     metrics.best(run, 0.75)
+    metrics.agent_reported(run, "pi-1", norm=1.0, training_loss=0.5, loss=0.25, accuracy=0.75)
     metrics.round_ended(run, "committed", 0.3)
     for topic in SYS_TOPICS:
         metrics.broker_sys(topic, b"12")
@@ -208,11 +209,51 @@ def test_a_run_that_comes_back_after_it_was_forgotten_starts_at_0(registry, metr
     assert value(registry, "midge_rounds_total", outcome="committed", **LEARNING) == 0
 
 
-def test_no_series_names_an_agent(registry, metrics):
+def test_only_the_gauges_by_agent_name_an_agent(registry, metrics):
     everything_happens(metrics)
-    labels = {label for family in registry.collect() for sample in family.samples for label in sample.labels}
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    naming = {sample.name for sample in samples if "agent_id" in sample.labels}
+    assert naming == {f"midge_agent_{name}" for name in ("loss", "accuracy_ratio", "training_loss", "update_norm")}
+    labels = {label for sample in samples for label in sample.labels}
     allowed = {"federation", "run", "outcome", "reason", "phase", "state", "source", "stat", "direction", "kind", "le"}
-    assert labels == allowed | {"version", "protocol"}
+    assert labels == allowed | {"version", "protocol", "agent_id"}
+
+
+def by_agent(registry, name: str = "update_norm") -> dict[str, float]:
+    """The values of a gauge by agent, in the order in which they came."""
+    family = next(family for family in registry.collect() if family.name == f"midge_agent_{name}")
+    return {sample.labels["agent_id"]: sample.value for sample in family.samples}
+
+
+def test_what_an_agent_reported_last_is_shown_and_what_it_did_not_tell_is_absent(registry, metrics):
+    metrics.agent_reported("a", "pi-1", norm=3.0, training_loss=0.5, loss=0.25, accuracy=0.75)
+    metrics.agent_reported("a", "pi-1", norm=2.0, loss=0.125)
+    metrics.agent_reported("a", "pi-2", norm=1.0)
+    assert by_agent(registry) == {"pi-1": 2.0, "pi-2": 1.0}
+    assert by_agent(registry, "loss") == {"pi-1": 0.125}
+    assert by_agent(registry, "accuracy_ratio") == {"pi-1": 0.75}
+    assert by_agent(registry, "training_loss") == {"pi-1": 0.5}
+
+
+def test_only_so_many_agents_are_shown_and_one_that_is_gone_makes_room(registry):
+    metrics = Metrics("lab", registry, max_agents=2)
+    for number in range(1, 5):
+        metrics.agent_reported("a", f"pi-{number}", norm=number)
+    assert by_agent(registry) == {"pi-1": 1, "pi-2": 2}
+    metrics.forget_agent("pi-1")
+    metrics.forget_agent("pi-4")  # was never shown
+    metrics.agent_reported("a", "pi-3", norm=30)
+    metrics.agent_reported("a", "pi-1", norm=10)
+    assert by_agent(registry) == {"pi-2": 2, "pi-3": 30}
+    metrics.forget_agents()
+    assert by_agent(registry) == {}
+    metrics.forget_run("a")
+    assert run_samples(registry, "a") == {}
+
+
+def test_with_no_room_at_all_no_agent_is_named(registry):
+    Metrics("lab", registry, max_agents=0).agent_reported("a", "pi-1", norm=1.0)
+    assert by_agent(registry) == {}
 
 
 def test_two_federations_in_one_process_share_nothing(registry, metrics):

@@ -303,3 +303,27 @@ def test_every_change_of_an_agent_is_one_line_in_the_log(watched, caplog):
     assert [message for message in messages if message.startswith("agent")] == [
         f"agent {change}" for change in (Change.CAME, Change.RESTARTED, Change.LEFT)
     ]
+
+
+def test_an_agents_report_is_on_the_board_and_in_the_metrics_until_it_is_gone_or_the_run_is_over(watched):
+    talk = Talk(config(rounds=2, minimum=2))
+    watched.tell(talk.first)
+    watched.tell(talk.to_collecting("a", "b"))
+    watched.tell(talk.update("a", evaluation=SCORE, metrics={"loss": 0.125}))
+    watched.tell(talk.update("b"))
+    report = watched.board.agent_rounds["a"][1]
+    assert (report.training_loss, report.evaluation, report.num_examples) == (0.125, SCORE, 10)
+    norm = 3**0.5  # three frames, each with a sum of squares of 1
+    assert watched.of_run("midge_agent_update_norm", agent_id="b") == report.norm == norm
+    assert watched.of_run("midge_agent_loss", agent_id="a") == 0.5
+    assert watched.of_run("midge_agent_accuracy_ratio", agent_id="a") == 0.75
+    assert watched.of_run("midge_agent_training_loss", agent_id="a") == 0.125
+    assert watched.of_run("midge_agent_loss", agent_id="b") is None
+    fleet = Fleet()
+    watched.hear(fleet, "b")
+    watched.hear(fleet, "b", online=False)
+    assert watched.of_run("midge_agent_update_norm", agent_id="b") is None
+    assert watched.of_run("midge_agent_update_norm", agent_id="a") == norm
+    watched.tell([ev.RunChanged("done", "")])
+    assert watched.of_run("midge_agent_update_norm", agent_id="a") is None
+    assert watched.board.agent_rounds["a"][1] == report
