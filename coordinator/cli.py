@@ -167,19 +167,85 @@ def runs(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.runs(state_dir, as_json=as_json))
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @_looking
 @click.option("--run", "run_id", metavar="RUN", help="Of this run [default: the latest].")
-def models(state_dir: Path, as_json: bool, run_id: str | None) -> None:
-    """The versions of a run's model: round, digest, scores, and whether the file is kept.
+@click.pass_context
+def models(context: click.Context, state_dir: Path, as_json: bool, run_id: str | None) -> None:
+    """The versions of a run's model: round, digest, scores, and whether the file is kept; or, with a command, base models.
 
     \b
     Examples:
       coordinator models --run digits-3f9a1c
+      coordinator models push my-base --from weights.safetensors
     """
+    if context.invoked_subcommand is not None:
+        return
     from coordinator import commands  # noqa: PLC0415
 
     sys.exit(commands.models(state_dir, run_id, as_json=as_json))
+
+
+@models.command("push")
+@click.argument("name")
+@click.option("--task", default="digits", show_default=True, metavar="TASK", help="Whose model it is, as for `run`.")
+@click.option(
+    "--from", "file", type=click.Path(path_type=Path), metavar="FILE", help="A safetensors file of its weights."
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of the task's initial weights."
+)
+@_looking
+def push_model(name: str, task: str, file: Path | None, seed: int, state_dir: Path, as_json: bool) -> None:
+    """Register a base model under NAME: a task's model with its initial weights, or with those of a safetensors file.
+
+    The file's tensors are matched by name, and must have the shapes and types of the task's; save it with
+    `safetensors.torch.save_file(model.state_dict(), FILE)`. A run begins from it with `base_model = "NAME"`.
+
+    \b
+    Examples:
+      coordinator models push my-base --task digits --seed 7
+      coordinator models push my-base --from weights.safetensors
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.push_model(name, task, file, seed, state_dir, as_json=as_json))
+
+
+@models.command("bases")
+@_looking
+def list_base_models(state_dir: Path, as_json: bool) -> None:
+    """The base models that are registered.
+
+    \b
+    Examples:
+      coordinator models bases --json
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.list_base_models(state_dir, as_json=as_json))
+
+
+@models.command("remove")
+@click.argument("name")
+@click.option(
+    "--state-dir",
+    default="midge-state",
+    show_default=True,
+    envvar="MIDGE_STATE_DIR",
+    type=click.Path(path_type=Path),
+    help="Of the coordinator; it may be running.",
+)
+def remove_model(name: str, state_dir: Path) -> None:
+    """Give up a base model's name, and its file where no run's version is the same model.
+
+    \b
+    Examples:
+      coordinator models remove my-base
+    """
+    from coordinator import commands  # noqa: PLC0415
+
+    sys.exit(commands.remove_model(name, state_dir))
 
 
 @main.group("round")

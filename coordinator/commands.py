@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from coordinator import base_models
+from coordinator.base_models import BaseModelError
 from coordinator.client import AwayError, RefusedError, Running
 from coordinator.config import Settings, load_settings
 from coordinator.display import Display
@@ -25,10 +27,11 @@ from coordinator.models import ModelError, ModelStore
 from coordinator.run import RunState
 from coordinator.scoring import training_metrics
 from coordinator.service import Service
-from coordinator.store import Store, StoreError
+from coordinator.store import DATABASE, Store, StoreError
 from midge import log
 from midge.settings import SettingsError
 from midge.transport.address import Address, AddressError
+from midge.wire.errors import TopicError
 from midge.wire.messages import Evaluation
 
 _console = Console()
@@ -46,7 +49,7 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
     try:
         service = Service(settings, address)
         word = service.begin_run()
-    except (StoreError, HttpError, ModelError) as error:
+    except (StoreError, HttpError, ModelError, BaseModelError) as error:
         return _wrong(error)
     if not as_json:
         _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}", soft_wrap=True)
@@ -68,7 +71,7 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
             service.begin_run(again=False)
-    except (StoreError, HttpError, ModelError) as error:
+    except (StoreError, HttpError, ModelError, BaseModelError) as error:
         return _wrong(error)
     code = _work(service, None)
     return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop
@@ -172,6 +175,53 @@ def models(state_dir: Path, run_id: str | None, *, as_json: bool) -> int:
         return 0
 
     return _look(state_dir, show)
+
+
+def push_model(name: str, task: str, file: Path | None, seed: int, state_dir: Path, *, as_json: bool) -> int:
+    """`coordinator models push`."""
+
+    def push(store: Store) -> int:
+        digest = base_models.push(store, ModelStore(state_dir / "models"), name, task=task, seed=seed, file=file)
+        row = store.base_model(name)
+        if as_json:
+            _print_json(row)
+        else:
+            text = f"registered {name}, {digest[:12]}: begin a run from it with base_model = {name}, or --set base_model={name}"
+            _console.print(escape(text), soft_wrap=True)
+        return 0
+
+    return _change(state_dir, push)
+
+
+def list_base_models(state_dir: Path, *, as_json: bool) -> int:
+    """`coordinator models bases`."""
+
+    def show(store: Store) -> int:
+        rows = store.base_models()
+        if as_json:
+            _print_json(rows)
+            return 0
+        table = Table("name", "digest", "task", "from", "elements", "registered")
+        for row in rows:
+            named = (row["name"], row["digest"][:12], escape(row["task"]), escape(row["source"]))
+            table.add_row(*named, str(row["num_elements"]), row["created_at"][:19])
+        _console.print(table)
+        return 0
+
+    return _look(state_dir, show)
+
+
+def remove_model(name: str, state_dir: Path) -> int:
+    """`coordinator models remove`."""
+
+    def remove(store: Store) -> int:
+        is_gone = base_models.remove(store, ModelStore(state_dir / "models"), name)
+        _console.print(
+            f"removed {name}" + ("" if is_gone else "; its file stays, as a run's version or another name has it")
+        )
+        return 0
+
+    return _change(state_dir, remove) if (state_dir / DATABASE).exists() else _look(state_dir, remove)
 
 
 def export(run_id: str, which: str, path: Path, state_dir: Path) -> int:
@@ -290,6 +340,20 @@ def _look(state_dir: Path, show: Callable[[Store], int]) -> int:
         return _wrong(error)
     try:
         return show(store)
+    finally:
+        store.close()
+
+
+def _change(state_dir: Path, change: Callable[[Store], int]) -> int:
+    """Like `_look`, but writing; a coordinator may be at work in the directory."""
+    try:
+        store = Store(state_dir)
+    except StoreError as error:
+        return _wrong(error)
+    try:
+        return change(store)
+    except (BaseModelError, ModelError, TopicError, StoreError) as error:
+        return _wrong(error)
     finally:
         store.close()
 

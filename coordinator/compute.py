@@ -41,6 +41,7 @@ class Compute:
         evaluation_deadline_s: the longest evaluation.
         data_dir: where the data lie that are evaluated on; empty for the task's own place.
         download: whether the task may fetch them.
+        base_digest: of the model that the run begins from; empty: the task's own.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Compute:
         evaluation_deadline_s: float = 600.0,
         data_dir: str = "",
         download: bool = False,
+        base_digest: str = "",
     ) -> None:
         self.framing: Framing | None = None
         self._run_id = run_id
@@ -68,7 +70,13 @@ class Compute:
         self._max_step_ratio = max_step_ratio
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
         self._evaluator = Evaluator(
-            task, models.path, put, deadline_s=evaluation_deadline_s, data_dir=data_dir, download=download
+            task,
+            models.path,
+            put,
+            deadline_s=evaluation_deadline_s,
+            data_dir=data_dir,
+            download=download,
+            base_digest=base_digest,
         )
 
     def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:

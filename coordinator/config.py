@@ -70,6 +70,10 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     task_options: Annotated[
         Parameters, Meta(description="What the task alone knows, as `width=32`; sent to agents with each invitation.")
     ] = msgspec.field(default_factory=dict)
+    base_model: Annotated[
+        str,
+        Meta(max_length=64, description="Registered model that the run begins from; empty: the task's own, by `seed`."),
+    ] = ""
     strategy: Annotated[
         str,
         Meta(
@@ -248,11 +252,11 @@ def _check_strategy(settings: Settings) -> list[Problem]:
     return found
 
 
-def run_definition(settings: Settings) -> dict[str, Any]:
+def run_definition(settings: Settings, base_digest: str = "") -> dict[str, Any]:
     """The settings that a run's results depend on, in JSON's types.
 
-    Equal runs have equal definitions: `quorum` is the number of updates that it stands for, numbers have the field's type,
-    and a task in a file is the same one in whatever directory.
+    Equal runs have equal definitions: `quorum` is the number of updates that it stands for, numbers have the field's type, a
+    task in a file is the same one in whatever directory, and a base model is told by its digest, not by its name.
     """
     # Settings that were made in code may hold 1 for 1.0.
     typed = msgspec.convert(msgspec.structs.asdict(settings), Settings)
@@ -267,12 +271,14 @@ def run_definition(settings: Settings) -> dict[str, Any]:
         definition["strategy_options"] = options
     if typed.visit_order:
         definition["visit_order"] = list(typed.visit_order)
+    if base_digest:
+        definition["base_model"] = base_digest
     return definition
 
 
-def run_fingerprint(settings: Settings) -> str:
+def run_fingerprint(settings: Settings, base_digest: str = "") -> str:
     """The 64 hexadecimal digits that two settings share only if they define the same run."""
-    canonical = msgspec.json.encode(run_definition(settings), order="sorted")
+    canonical = msgspec.json.encode(run_definition(settings, base_digest), order="sorted")
     return hashlib.sha256(b"midge-run-1\n" + canonical).hexdigest()
 
 

@@ -9,11 +9,14 @@ from typing import Any
 import msgspec
 
 from coordinator import evaluator_messages as msg
-from coordinator.models import ModelStore
-from midge.tasks.base import DataSpec, Task, TaskError, test_data_of
+from coordinator.model_import import fit_state, read_state
+from coordinator.models import ModelError, ModelStore
+from midge.tasks.base import DataSpec, State, Task, TaskError, test_data_of
+from midge.tasks.flatten import layout_of
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
 from midge.tasks.scores import to_evaluation
+from midge.wire.errors import LayoutError
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Request).decode
@@ -38,11 +41,23 @@ class EvaluationWorker:
         except TaskError as error:
             reply(_encode(msg.Failed(request=request.request, reason=str(error)[:500])))
         except Exception as error:  # noqa: BLE001  a user's task may raise anything
-            reply(_encode(msg.Failed(request=request.request, reason=f"{type(error).__name__}: {error}"[:500])))
+            ours = isinstance(error, LayoutError | ModelError)
+            reason = str(error) if ours else f"{type(error).__name__}: {error}"
+            reply(_encode(msg.Failed(request=request.request, reason=reason[:500])))
 
     def _make(self, request: msg.MakeModel) -> msg.Made:
         task, models = self._load()
-        return msg.Made(request=request.request, digest=models.save_state(task.initial_state(request.seed)))
+        state = task.initial_state(request.seed)
+        if request.base_digest:
+            return msg.Made(request=request.request, digest=_checked_base(models, request.base_digest, state))
+        if request.file:
+            path = Path(request.file)
+            try:
+                state = fit_state(read_state(path), layout_of(state))
+            except LayoutError as error:
+                assert self._setup is not None
+                raise LayoutError(f"{path.name} does not fit task {self._setup.task}: it {error}") from None
+        return msg.Made(request=request.request, digest=models.save_state(state))
 
     def _evaluate(self, request: msg.Evaluate) -> msg.Evaluated:
         task, models = self._load()
@@ -69,6 +84,21 @@ class EvaluationWorker:
         if self._task is None:
             self._task = find_task(self._setup.task)
         return self._task, ModelStore(Path(self._setup.models_dir))
+
+
+def _checked_base(models: ModelStore, digest: str, state: State) -> str:
+    """The digest of a base model that has the layout of the task's own.
+
+    Raises:
+        LayoutError: it has another one.
+        ModelError: it is not in the store, or its file is damaged.
+    """
+    models.verify(digest)
+    with models.open(digest) as base:
+        difference = layout_of(state).difference(base.layout)
+    if difference:
+        raise LayoutError(f"base_model does not fit: it has {difference}; push a model of this task and version")
+    return digest
 
 
 def main() -> None:

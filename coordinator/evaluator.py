@@ -46,6 +46,7 @@ class Evaluator:
         deadline_s: the longest evaluation.
         data_dir: where the test data lie; empty for the task's own place.
         download: whether the task may fetch them.
+        base_digest: of the model to begin from; empty: the task's own.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Evaluator:
         deadline_s: float = 600.0,
         data_dir: str = "",
         download: bool = False,
+        base_digest: str = "",
     ) -> None:
+        self._base_digest = base_digest
         self._setup = msg.SetUp(task=task, models_dir=str(models_dir), data_dir=data_dir, download=download)
         self._put = put
         self._num_threads = num_threads
@@ -78,7 +81,7 @@ class Evaluator:
         self._request += 1
         request: msg.Evaluate | msg.MakeModel
         if isinstance(command, ev.PrepareModel):
-            request = msg.MakeModel(request=self._request, seed=command.seed)
+            request = msg.MakeModel(request=self._request, seed=command.seed, base_digest=self._base_digest)
         else:
             request = msg.Evaluate(request=self._request, digest=command.digest)
         self._waiting.append((command, request))

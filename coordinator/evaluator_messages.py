@@ -17,10 +17,12 @@ class SetUp(msgspec.Struct, frozen=True, kw_only=True, tag="set_up"):
 
 
 class MakeModel(msgspec.Struct, frozen=True, kw_only=True, tag="make"):
-    """Make the model of round 0 and store it."""
+    """Make the model of round 0 and store it: the task's own, the base model of this digest, or that of a safetensors file."""
 
     request: int
     seed: int
+    base_digest: str = ""
+    file: str = ""
 
 
 class Evaluate(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from coordinator import run_events as ev
+from coordinator.base_models import digest_of
 from coordinator.board import AGENT_ROUNDS, Board, Shared
 from coordinator.compute import Compute, Computed
 from coordinator.config import Settings, differences, run_definition, run_fingerprint, strategy_of
@@ -97,6 +98,7 @@ class Service:
         self._retention = Retention(self.store, self.models, self._spool, settings.keep_models)
         self._retained_for: tuple[int, int | None] | None = None
         self._to_clear: list[tuple[str, int]] = []
+        self._base_digest = ""
         self._stop_asked = False
         self._to_answer: list[tuple[Future[Closed], Closed]] = []
         self._idle_status = "no run"
@@ -154,9 +156,14 @@ class Service:
 
         Returns:
             "begins", "goes on" or "is done".
+
+        Raises:
+            BaseModelError: the model that it should begin from is not registered.
+            ModelError: the run's last version is missing or damaged.
         """
         settings = self.settings
-        fingerprint = run_fingerprint(settings)
+        self._base_digest = digest_of(self.store, settings.base_model)
+        fingerprint = run_fingerprint(settings, self._base_digest)
         run_id, state = self.store.latest(settings.federation, fingerprint)
         if state == "done" and run_id is not None and not again:
             self._show_done(run_id)
@@ -170,7 +177,7 @@ class Service:
                 federation=settings.federation,
                 task=task_name(settings.task),
                 fingerprint=fingerprint,
-                definition=run_definition(settings),
+                definition=run_definition(settings, self._base_digest),
                 rounds=settings.rounds,
             )
         strategy = strategy_of(settings)
@@ -188,6 +195,7 @@ class Service:
             evaluation_deadline_s=settings.evaluation_deadline_s,
             data_dir=settings.data_dir,
             download=settings.download,
+            base_digest=self._base_digest,
         )
         self._run_spool.run_id = run_id
         if resumed is not None:
@@ -371,7 +379,7 @@ class Service:
 
     def _look_at_other_runs(self, run_id: str | None) -> None:
         """Frames of runs that are over are not needed any more; an unfinished run of another definition is worth a word."""
-        definition = run_definition(self.settings)
+        definition = run_definition(self.settings, self._base_digest)
         for row in self.store.runs():
             if row["state"] in ("done", "failed"):
                 self._spool.prune(row["run_id"], sys.maxsize)

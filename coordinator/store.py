@@ -12,6 +12,7 @@ Tables
     updates    one row an accepted update, of the current round and of the last hundred
     tallies    one row per (run, outcome, reason): how many updates met that fate
     agents     one row an agent that was ever heard of
+    base_models  one row a model that an operator registered under a name
 """
 
 from __future__ import annotations
@@ -121,6 +122,17 @@ _agents = sa.Table(
     sa.Column("labels", sa.String, nullable=False),
     sa.Column("version", sa.String, nullable=False),
     sa.Column("changed_at", sa.String, nullable=False),
+)
+
+_base_models = sa.Table(
+    "base_models",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, nullable=False, index=True),
+    sa.Column("task", sa.String, nullable=False),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("num_elements", sa.Integer, nullable=False),
+    sa.Column("created_at", sa.String, nullable=False),
 )
 
 _to_json = msgspec.json.encode
@@ -256,7 +268,37 @@ class Store:
                 done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
                 connection.execute(_STATEMENTS["done_with"], done)
 
+    def add_base_model(self, name: str, *, digest: str, task: str, source: str, num_elements: int) -> None:
+        """Give a stored model a name; from now on it is not pruned. Nothing happens where it has that name already."""
+        row = {"name": name, "digest": digest, "task": task, "source": source, "num_elements": num_elements}
+        with self._transaction() as connection:
+            connection.execute(insert(_base_models).values(**row, created_at=_now()).on_conflict_do_nothing())
+
+    def remove_base_model(self, name: str) -> None:
+        """Take a name back."""
+        with self._transaction() as connection:
+            connection.execute(_base_models.delete().where(_base_models.c.name == name))
+
     # Reading.
+
+    def base_models(self) -> list[dict[str, Any]]:
+        """The named models, by name; none in a database that was last written before there were any."""
+        if not sa.inspect(self._engine).has_table(_base_models.name):
+            return []
+        return self._rows(sa.select(_base_models).order_by(_base_models.c.name))
+
+    def base_model(self, name: str) -> dict[str, Any] | None:
+        """The model of this name."""
+        return next((row for row in self.base_models() if row["name"] == name), None)
+
+    def uses(self, digest: str) -> bool:
+        """Whether a version of any run, or a name, is this model."""
+        counts = [
+            sa.select(sa.func.count()).where(table.c.digest == digest).scalar_subquery()
+            for table in (_versions, _base_models)
+        ]
+        with self._engine.connect() as connection:
+            return bool(connection.execute(sa.select(sum(counts[1:], counts[0]))).scalar())
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, the latest first."""
@@ -285,7 +327,9 @@ class Store:
         return rows
 
     def lone_digest(self, run_id: str, round_num: int, *, kept_from: int, of: str = "digest") -> str | None:
-        """The digest of a version that no kept version shares: none of other runs, and none of this from `kept_from` on.
+        """The digest of a version that nothing kept shares.
+
+        Kept are the versions of other runs, those of this one from `kept_from` on, and base models.
 
         Args:
             run_id: of the version.
@@ -299,7 +343,9 @@ class Store:
             digest: str | None = connection.execute(query).scalar()
             others = sa.or_(_versions.c.run_id != run_id, _versions.c.round_num >= kept_from)
             shared = sa.select(sa.func.count()).where(column == digest, others)
-            return digest if digest is not None and not connection.execute(shared).scalar() else None
+            named = sa.select(sa.func.count()).where(_base_models.c.digest == digest)
+            is_kept = any(connection.execute(count).scalar() for count in (shared, named))
+            return None if is_kept else digest
 
     def last_attempt(self, run_id: str, round_num: int) -> tuple[int, RoundState, dict[str, MemberState]] | None:
         """The latest attempt at a round: its number, its state, its members."""

@@ -71,6 +71,7 @@ WORKING = {
     "http_host": "::",
     "http_port": 0,
     "agent_metrics": 0,
+    "base_model": "x",  # the model that it names defines the run, the name does not
 }
 
 
@@ -185,6 +186,15 @@ def test_what_cannot_work_is_refused(assignments, problem):
     with pytest.raises(SettingsError) as caught:
         load_settings(assignments=assignments)
     assert caught.value.problems == (problem,)
+
+
+def test_a_base_model_defines_a_run_by_its_digest():
+    one, other = Settings(base_model="one"), Settings(base_model="other")
+    assert run_fingerprint(one, "a" * 64) == run_fingerprint(other, "a" * 64)
+    assert run_fingerprint(one, "a" * 64) != run_fingerprint(one, "b" * 64)
+    assert run_fingerprint(one, "a" * 64) != run_fingerprint(Settings())
+    ours, theirs = run_definition(one, "a" * 64), run_definition(Settings())
+    assert differences(ours, theirs) == ["base_model"]
 
 
 def test_a_cohort_of_exactly_quorum_and_least_agents_works():
