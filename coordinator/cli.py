@@ -280,6 +280,12 @@ def close_round(state_dir: Path, as_json: bool) -> None:
 @click.option(
     "--which", default="best", show_default=True, metavar="best|latest|N", help="Which version; N is a round."
 )
+@click.option(
+    "--agent",
+    "agent_id",
+    metavar="ID",
+    help="This agent's last accepted model, where they are kept (keep_agent_models).",
+)
 @click.option("--to", "path", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
 @click.option(
     "--state-dir",
@@ -289,16 +295,17 @@ def close_round(state_dir: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Of the coordinator.",
 )
-def export(run_id: str, which: str, path: Path, state_dir: Path) -> None:
+def export(run_id: str, which: str, agent_id: str | None, path: Path, state_dir: Path) -> None:
     """Write a model as a safetensors file that `load_state_dict(strict=True)` takes. RUN is a run's id, or "latest".
 
     \b
     Examples:
       coordinator export digits-3f9a1c --which best --to model.safetensors
+      coordinator export latest --agent pi-3 --to pi-3.safetensors
     """
     from coordinator import commands  # noqa: PLC0415
 
-    sys.exit(commands.export(run_id, which, path, state_dir))
+    sys.exit(commands.export(run_id, which, agent_id, path, state_dir))
 
 
 @main.command()

@@ -22,8 +22,10 @@ from coordinator.client import AwayError, RefusedError, Running
 from coordinator.config import Settings, load_settings
 from coordinator.display import Display
 from coordinator.driver import SupersededError
+from coordinator.exports import ExportError, choose_agent, choose_version, find_run
 from coordinator.http import HttpError
 from coordinator.models import ModelError, ModelStore
+from coordinator.models import export as export_model
 from coordinator.run import RunState
 from coordinator.scoring import training_metrics
 from coordinator.service import Service
@@ -149,9 +151,10 @@ def models(state_dir: Path, run_id: str | None, *, as_json: bool) -> int:
     """`coordinator models`."""
 
     def show(store: Store) -> int:
-        row = _find_run(store, run_id or "latest")
-        if row is None:
-            return _wrong(f"{state_dir} has no run {run_id or ''}; `coordinator runs` lists them")
+        try:
+            row = find_run(store, run_id or "latest")
+        except ExportError as error:
+            return _wrong(error)
         kept = ModelStore(state_dir / "models").digests()
         versions = [_version_view(version, kept) for version in store.versions(row["run_id"])]
         if as_json:
@@ -224,22 +227,17 @@ def remove_model(name: str, state_dir: Path) -> int:
     return _change(state_dir, remove) if (state_dir / DATABASE).exists() else _look(state_dir, remove)
 
 
-def export(run_id: str, which: str, path: Path, state_dir: Path) -> int:
+def export(run_id: str, which: str, agent_id: str | None, path: Path, state_dir: Path) -> int:
     """`coordinator export`."""
 
     def write(store: Store) -> int:
-        row = _find_run(store, run_id)
-        if row is None:
-            return _wrong(f"{state_dir} has no run {run_id}; `coordinator runs` lists them")
-        versions = {version["round_num"]: version["digest"] for version in store.versions(row["run_id"])}
-        round_num = _which(which, row, versions)
-        if round_num is None:
-            return _wrong(f"--which {which}: expected best, latest, or a round from 0 to {max(versions, default=0)}")
         try:
-            ModelStore(state_dir / "models").export(versions[round_num], path)
-        except (ModelError, OSError) as error:
+            chosen = choose_version(store, run_id, which) if agent_id is None else choose_agent(store, run_id, agent_id)
+            with chosen.model as model:
+                export_model(model, path)
+        except (ExportError, ModelError, OSError) as error:
             return _wrong(error)
-        _errors.print(escape(f"wrote round {round_num} of {row['run_id']} to {path}"), soft_wrap=True)
+        _errors.print(escape(f"wrote {chosen.what} to {path}"), soft_wrap=True)
         return 0
 
     return _look(state_dir, write)
@@ -400,21 +398,6 @@ def _version_view(version: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
 
 def _score_view(score: Evaluation | None) -> dict[str, Any] | None:
     return None if score is None else msgspec.to_builtins(score)
-
-
-def _find_run(store: Store, run_id: str) -> dict[str, Any] | None:
-    if run_id == "latest":
-        rows = store.runs()
-        return rows[0] if rows else None
-    return store.run(run_id)
-
-
-def _which(which: str, row: Mapping[str, Any], versions: Mapping[int, str]) -> int | None:
-    if which == "latest":
-        return max(versions, default=None)
-    if which == "best":
-        return row["best_round"] if row["best_round"] is not None else max(versions, default=None)
-    return int(which) if which.isdecimal() and int(which) in versions else None
 
 
 def _agents_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -153,6 +153,12 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=1_000_000, description="Latest versions that are kept, besides the best one; at least 3 are."),
     ] = 10
+    keep_agent_models: Annotated[
+        bool,
+        Meta(
+            description="Whether each agent's last accepted model is kept, of 100 agents at most; it tells of its data."
+        ),
+    ] = False
     aggregation_threads: Annotated[
         int, Meta(ge=1, le=256, description="Threads that aggregate; their number does not change the result.")
     ] = 1

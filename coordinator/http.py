@@ -8,9 +8,9 @@
 /api/v1/runs, /api/v1/runs/{run_id}/versions, /api/v1/agents
 /api/v1/runs/{run_id}/updates  what each agent's updates said: metrics of the training and of the evaluation before it
 
-What changes something is a POST, and needs the token that `service.json` holds (`Authorization: Bearer ...`):
+With the token that `service.json` holds (`Authorization: Bearer ...`), models (downloads.py), and what changes something:
 
-/api/v1/round/close  close the current round with what has come; the answer says what came of it
+/api/v1/round/close  (POST) close the current round with what has come; the answer says what came of it
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from starlette.routing import Route
 
 from coordinator.board import Shared
 from coordinator.control import Control
+from coordinator.downloads import download_routes
 from coordinator.metrics import CollectorRegistry, render
 from coordinator.run import FINAL
 from coordinator.store import Store
@@ -164,6 +165,7 @@ def make_app(
             Route("/api/v1/runs/{run_id}/updates", updates),
             Route("/api/v1/agents", agents),
             Route("/api/v1/round/close", close_round, methods=["POST"]),
+            *download_routes(store, control, _unauthorized),
         ]
     )
 

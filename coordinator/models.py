@@ -33,7 +33,7 @@ from midge.tasks.flatten import check_counters, layout_of, state_to_vector, vect
 from midge.wire.frames import ELEMENT_BYTES
 from midge.wire.layout import Layout, model_hash
 
-__all__ = ["ModelError", "ModelFile", "ModelStore", "ModelWriter"]
+__all__ = ["ModelError", "ModelFile", "ModelStore", "ModelWriter", "export", "write_export"]
 
 _CHUNK_ELEMENTS = 256 * 1024
 _FLOAT32_LE = np.dtype("<f4")
@@ -244,18 +244,33 @@ class ModelStore:
             OSError: `path` cannot be written.
         """
         with self.open(digest) as model:
-            plan = export_plan(model.layout)
-            temporary, fd = _open_temporary(path.parent)
-            try:
-                write_at(fd, plan.header, 0)
-                _export_tensors(model, lambda body, name, done: write_at(fd, body, plan.offsets[name] + done))
-                os.fsync(fd)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(fd)
+            export(model, path)
+
+
+def export(model: ModelFile, path: Path) -> None:
+    """Write an open model to `path`, at once or not at all; see `ModelStore.export`."""
+    temporary, fd = _open_temporary(path.parent)
+    try:
+        write_export(model, fd)
+        os.fsync(fd)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def write_export(model: ModelFile, fd: int) -> None:
+    """Write an open model to an open, empty file, as a safetensors file of the layout's own types.
+
+    Raises:
+        ModelError: it holds a value beyond the range of its own type.
+        OSError: the disk is full or fails.
+    """
+    plan = export_plan(model.layout)
+    write_at(fd, plan.header, 0)
+    _export_tensors(model, lambda body, name, done: write_at(fd, body, plan.offsets[name] + done))
 
 
 def _export_tensors(model: ModelFile, write: Callable[[bytes, str, int], None]) -> None:

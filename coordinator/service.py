@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from coordinator import run_events as ev
+from coordinator.agent_models import AgentModels
 from coordinator.base_models import digest_of
 from coordinator.board import AGENT_ROUNDS, Board, Shared
 from coordinator.compute import Compute, Computed
@@ -35,7 +36,7 @@ from coordinator.observer import Watch
 from coordinator.resume import resume
 from coordinator.retention import Retention
 from coordinator.round import RoundConfig
-from coordinator.run import FINAL, Run, RunState
+from coordinator.run import FINAL, Run, RunState, Version
 from coordinator.run_config import RunConfig
 from coordinator.spool import Spool
 from coordinator.store import Store, StoreError
@@ -89,6 +90,7 @@ class Service:
         self.store = Store(self._state_dir)
         self._lock_fd = _lock(self._state_dir)
         self.models = ModelStore(self._state_dir / "models")
+        self._agent_models = AgentModels(self._state_dir)
         self._spool = Spool(self._state_dir / "spool")
         self._registry = CollectorRegistry()
         metrics = Metrics(settings.federation, self._registry, max_agents=settings.agent_metrics)
@@ -162,6 +164,8 @@ class Service:
             ModelError: the run's last version is missing or damaged.
         """
         settings = self.settings
+        if not settings.keep_agent_models:
+            self._agent_models.forget()
         self._base_digest = digest_of(self.store, settings.base_model)
         fingerprint = run_fingerprint(settings, self._base_digest)
         run_id, state = self.store.latest(settings.federation, fingerprint)
@@ -172,6 +176,7 @@ class Service:
             run_id = None
         goes_on = run_id is not None
         self._look_at_other_runs(run_id)
+        self._agent_models.forget(but=run_id or "")
         if run_id is None:
             run_id = self.store.create_run(
                 federation=settings.federation,
@@ -343,9 +348,23 @@ class Service:
         if run.version is not None:
             key = (run.version.round_num, run.best[0] if run.best else None)
             if key != self._retained_for:
-                self._retained_for = key
                 assert self._compute is not None
+                if self.settings.keep_agent_models and (self._retained_for or (0, None))[0] != key[0]:
+                    # Before the frames go.
+                    self._compute.later(functools.partial(self._keep_agent_models, run.config.run_id, run.version))
+                self._retained_for = key
                 self._compute.later(functools.partial(self._retention.committed, run.config.run_id, *key))
+
+    def _keep_agent_models(self, run_id: str, version: Version) -> None:
+        """On the thread that aggregates: write the models of the round that was just committed."""
+        assert self._compute is not None
+        framing = self._compute.framing
+        updates = self.store.updates(run_id, version.round_num)
+        if framing is None or not updates:
+            return
+        with self.models.open(version.digest) as model:
+            spool = self._spool.round(run_id, version.round_num)
+            self._agent_models.keep(run_id, version.round_num, model.layout, framing, spool, updates)
 
     def _is_over(self) -> bool:
         state = self.state

@@ -72,7 +72,10 @@ def test_a_file_of_a_torch_user_is_registered(disk, tmp_path):
 def test_a_file_that_does_not_fit_says_which_tensor_and_both_shapes_and_registers_nothing(disk, tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file({"bias": torch.zeros(1), "weight": torch.zeros(1, 8)}, file)
-    problem = rf"weights\.safetensors does not fit task {TASK}: it has weight \(1, 8\) float32 where weight \(1, 4\) float32 was"
+    problem = (
+        rf"weights\.safetensors does not fit task {TASK}: it has weight \(1, 8\) float32 where "
+        r"weight \(1, 4\) float32 was expected"
+    )
     with pytest.raises(BaseModelError, match=f"^{problem}"):
         disk.push("mine", file=file)
     assert disk.store.base_models() == []

@@ -67,6 +67,7 @@ WORKING = {
     "best_mode": "min",
     "state_dir": "x",
     "keep_models": 1,
+    "keep_agent_models": True,
     "aggregation_threads": 2,
     "http_host": "::",
     "http_port": 0,
