@@ -38,6 +38,8 @@ def _settings_options(command: Any) -> Any:
         click.option("--ca-file", metavar="FILE", help="Certificates that the broker's must be signed by."),
         click.option("--cert-file", metavar="FILE", help="The coordinator's certificate."),
         click.option("--key-file", metavar="FILE", help="Its private key."),
+        click.option("--tensorboard", "tensorboard_dir", metavar="DIR", help="Write TensorBoard's event files there."),
+        click.option("--mlflow", "mlflow_uri", metavar="URI", help="Tell this MLflow server or database of the run."),
         click.option("--log-format", type=click.Choice(["human", "json"]), help="How log lines look."),
         click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What is logged."),
         click.option(

@@ -30,6 +30,7 @@ from coordinator.run import RunState
 from coordinator.scoring import training_metrics
 from coordinator.service import Service
 from coordinator.store import DATABASE, Store, StoreError
+from coordinator.tracking import TrackerError
 from midge import log
 from midge.settings import SettingsError
 from midge.transport.address import Address, AddressError
@@ -51,7 +52,7 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
     try:
         service = Service(settings, address)
         word = service.begin_run()
-    except (StoreError, HttpError, ModelError, BaseModelError) as error:
+    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError) as error:
         return _wrong(error)
     if not as_json:
         _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}", soft_wrap=True)
@@ -73,7 +74,7 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
             service.begin_run(again=False)
-    except (StoreError, HttpError, ModelError, BaseModelError) as error:
+    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError) as error:
         return _wrong(error)
     code = _work(service, None)
     return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop

@@ -166,8 +166,15 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         str, Meta(min_length=1, max_length=255, description="Address that metrics, health and the API are served at.")
     ] = "127.0.0.1"
     http_port: Annotated[int, Meta(ge=0, le=65_535, description="Its port; 0: any free one.")] = 8080
+    tensorboard_dir: Annotated[
+        str, Meta(max_length=1000, description="Directory of TensorBoard's event files; empty: none are written.")
+    ] = ""
+    mlflow_uri: Annotated[
+        str, Meta(max_length=1000, description="MLflow server or database that is told of runs; empty: none is.")
+    ] = ""
     agent_metrics: Annotated[
-        int, Meta(ge=0, le=1000, description="Agents that metrics show each by itself: the first that report; 0: none.")
+        int,
+        Meta(ge=0, le=1000, description="Agents that metrics and trackers show each by itself: the first that report."),
     ] = 50
 
     @property

@@ -13,6 +13,7 @@ from coordinator.board import AgentView, Shared
 from coordinator.cohort import AgentState, Change, Fleet
 from coordinator.metrics import Metrics
 from coordinator.round import MemberState
+from coordinator.tracking import Tracking
 from midge.log import log_event
 from midge.transport.base import Connected, Disconnected
 
@@ -43,6 +44,8 @@ class Watch:
         self._metrics = metrics
         self._shared = shared
         self._fleet = Fleet()
+        self.tracking: Tracking | None = None
+        """What experiment trackers are told; None where there is none."""
 
     def begin_run(self, run_id: str, target: int, quorum: int) -> None:
         """From now on it is this run that things happen to."""
@@ -55,11 +58,15 @@ class Watch:
         """See `Observer.note`."""
         with self._shared.lock:
             self._note(note)
+        if self.tracking is not None and isinstance(note, ev.RunChanged) and note.state in ("done", "failed"):
+            self.tracking.end(note.state)
 
     def saved(self, save: ev.Save) -> None:
         """See `Observer.saved`."""
         with self._shared.lock:
             self._saved(save)
+        if self.tracking is not None:
+            self.tracking.saved(save)
 
     def traffic(self, direction: str, kind: str, size_bytes: int) -> None:
         """See `Observer.traffic`."""

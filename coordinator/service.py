@@ -41,6 +41,8 @@ from coordinator.run_config import RunConfig
 from coordinator.spool import Spool
 from coordinator.store import Store, StoreError
 from coordinator.strategies import Strategy
+from coordinator.trackers import make_trackers
+from coordinator.tracking import Teller, Tracking, history
 from coordinator.uplink import FrameFacts
 from midge.eventqueue import EventQueue
 from midge.log import log_event
@@ -74,6 +76,7 @@ class Service:
     Raises:
         StoreError: the state directory cannot be used, or another coordinator has it.
         HttpError: the port cannot be served.
+        TrackerError: a tracker's library is not installed.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Service:
         self.reason = ""
         self._keep_serving = keep_serving
         self._state_dir = Path(settings.state_dir)
+        self._trackers = make_trackers(settings)
         self.store = Store(self._state_dir)
         self._lock_fd = _lock(self._state_dir)
         self.models = ModelStore(self._state_dir / "models")
@@ -213,6 +217,7 @@ class Service:
             for row in self.store.runs()
             if row["is_published"] and row["run_id"] != run_id and row["federation"] == settings.federation
         ]
+        self._begin_tracking(run_id)
         run = Run(
             config,
             epoch=self._driver.epoch,
@@ -396,6 +401,16 @@ class Service:
                     board.add_update(round_num, update)
         log_event(_log, logging.INFO, f"run {word}", run=config.run_id, task=config.task, rounds=config.rounds)
 
+    def _begin_tracking(self, run_id: str) -> None:
+        """Tell the trackers that the settings name of this run, from its beginning."""
+        if not self._trackers:
+            return
+        settings = self.settings
+        definition = run_definition(settings, self._base_digest)
+        known = history(self.store, run_id, settings.agent_metrics)
+        tellers = [Teller(tracker, run_id, settings.task, definition, known) for tracker in self._trackers]
+        self._watch.tracking = Tracking(tellers, settings.agent_metrics, known)
+
     def _look_at_other_runs(self, run_id: str | None) -> None:
         """Frames of runs that are over are not needed any more; an unfinished run of another definition is worth a word."""
         definition = run_definition(self.settings, self._base_digest)
@@ -423,6 +438,8 @@ class Service:
             self._compute.stop()
         self._driver.say_farewell()
         self._transport.stop()
+        if self._watch.tracking is not None:
+            self._watch.tracking.stop(self.state or "")
         if self._http is not None:
             self._http.stop()
         self._spool.close()

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -64,6 +65,32 @@ def test_a_run_begins_from_a_base_model_that_was_pushed_beside_another_run_and_i
         0,
         "removed mine; its file stays, as a run's version or another name has it\n",
     )
+
+
+def test_tensorboard_has_every_round_once_though_the_coordinator_was_killed(mosquitto, make_federation, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    federation = make_federation(mosquitto.url)
+    federation.hold("agent-0", training=3)
+    federation.start_agents(1)
+    arguments = ("--tensorboard", str(tmp_path / "board"))
+    settings = {"rounds": 5, "min_agents": 1}
+    first = federation.start_coordinator(*arguments, **settings)
+    federation.wait_for_training("agent-0", 3)
+    first.kill()
+    federation.release("agent-0")
+    assert federation.start_coordinator(*arguments, **settings).wait() == 0
+    seen = accumulator.EventAccumulator(str(tmp_path / "board" / federation.run_id()))
+    seen.Reload()
+    for tag, steps in (
+        ("round/updates", [1, 2, 3, 4, 5]),
+        ("agent/agent-0/update_norm", [1, 2, 3, 4, 5]),
+        ("agent/agent-0/loss", [0, 1, 2, 3, 4]),
+        ("federated/loss", [0, 1, 2, 3, 4]),
+    ):
+        assert [point.step for point in seen.Scalars(tag)] == steps, tag
+    losses = [point.value for point in seen.Scalars("federated/loss")]
+    expected = [version["federated"].loss for version in federation.versions()[:5]]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
 def download(federation, path: str, to: Path) -> int:

@@ -71,6 +71,8 @@ WORKING = {
     "aggregation_threads": 2,
     "http_host": "::",
     "http_port": 0,
+    "tensorboard_dir": "x",
+    "mlflow_uri": "x",
     "agent_metrics": 0,
     "base_model": "x",  # the model that it names defines the run, the name does not
 }
