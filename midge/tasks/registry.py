@@ -172,6 +172,8 @@ def _import(reference: str, module_name: str) -> ModuleType:
             ) from None
         remedy = "pip install 'midge[torch]'" if module_name.startswith("midge.") else "install what provides it"
         raise TaskError(f"task {reference!r}: it imports {missing!r}, which is not installed: {remedy}") from None
+    except TaskError as error:
+        raise TaskError(f"task {reference!r}: {error}") from None
     except Exception as error:  # a module may raise anything while it runs
         raise TaskError(f"task {reference!r}: importing {module_name} failed: {_described(error)}") from error
 

@@ -257,6 +257,11 @@ def test_a_module_that_raises_is_reported_with_what_it_raised(module):
     )
 
 
+def test_a_module_whose_task_cannot_be_made_says_why_in_the_task_s_own_words(module):
+    module("from midge.tasks.base import TaskError\nraise TaskError('train(net): expected a loader')")
+    assert error_of("kept_tasks:Counting") == "task 'kept_tasks:Counting': train(net): expected a loader"
+
+
 def test_a_misspelt_object_is_met_with_the_nearest(module):
     module("")
     assert error_of("kept_tasks:Countin") == (
