@@ -97,7 +97,7 @@ def _checked_base(models: ModelStore, digest: str, state: State) -> str:
     with models.open(digest) as base:
         difference = layout_of(state).difference(base.layout)
     if difference:
-        raise LayoutError(f"base_model does not fit: it has {difference}; push a model of this task and version")
+        raise LayoutError(f"base_model does not fit: it {difference}; push a model of this task and version")
     return digest
 
 

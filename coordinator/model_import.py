@@ -70,7 +70,7 @@ def fit_state(state: State, layout: Layout) -> dict[str, NDArray[Any]]:
     ordered = {name: np.asarray(state[name]) for name in expected}
     difference = layout.difference(layout_of(ordered))
     if difference:
-        raise LayoutError(f"has {difference}")
+        raise LayoutError(difference)
     vector, _ = state_to_vector(ordered, layout)
     for spec, start, stop in layout.floats():
         if not np.isfinite(vector[start:stop]).all():

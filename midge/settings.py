@@ -533,7 +533,16 @@ def _type_words(kind: Any) -> str:
     if get_origin(base) is Literal:
         *others, last = map(str, get_args(base))
         return f"{', '.join(others)} or {last}" if others else last
-    return f"list of {_type_words(get_args(base)[0])}s" if get_origin(base) is tuple else "table of names and values"
+    return (
+        f"list of {_plural(_type_words(get_args(base)[0]))}"
+        if get_origin(base) is tuple
+        else "table of names and values"
+    )
+
+
+def _plural(words: str) -> str:
+    first, of, rest = words.partition(" of ")
+    return f"{first}s{of}{rest}"
 
 
 def _expected(field: _Field) -> str:
@@ -554,7 +563,7 @@ def _range(kind: Any) -> str:
     base, meta, _ = _peel(kind)
     if get_origin(base) is tuple:
         each = _range(get_args(base)[0])
-        return f"each {each}" if each else ""
+        return f"each {each.removeprefix('each ')}" if each else ""
     least, most = meta.get("ge", meta.get("min_length")), meta.get("le", meta.get("max_length"))
     things = " entries" if get_origin(base) is dict else " characters" if base is str else ""
     if least is not None and most is not None:

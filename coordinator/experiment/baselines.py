@@ -19,7 +19,7 @@ import numpy as np
 
 from coordinator.experiment.demo_report import Report
 from coordinator.experiment.holding import Holding
-from coordinator.experiment.scores import Held, LabelScore, RoundScore, Score, Tested
+from coordinator.experiment.scores import Assessed, Held, LabelScore, RoundScore, Score
 from coordinator.models import ModelStore
 from midge.tasks.base import State, Task, TaskError, TrainSpec, seed_of
 from midge.tasks.process import serve
@@ -53,6 +53,8 @@ class Train(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
         rounds: how many.
         training: the round's configuration.
         steps: gradient steps to make in each round; empty for as many epochs a round as `training` says.
+        counts_steps: whether the task can end a training after a number of steps. One that cannot makes whole passes, as
+            many as fit, and what is left over is made later.
         agents: on whose data the last model is tested, besides the test data.
     """
 
@@ -64,10 +66,11 @@ class Train(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     rounds: int
     training: TrainingConfig
     steps: tuple[int, ...] = ()
+    counts_steps: bool = True
     agents: dict[str, Holding] = {}
 
 
-class Test(msgspec.Struct, frozen=True, kw_only=True, tag="test"):
+class Assess(msgspec.Struct, frozen=True, kw_only=True, tag="assess"):
     """Test a stored model."""
 
     task: str
@@ -124,7 +127,7 @@ class Learnt(msgspec.Struct, frozen=True, kw_only=True, tag="learnt"):
     """
 
     rounds: list[RoundScore]
-    tested: Tested
+    tested: Assessed
     start_s: float
 
 
@@ -139,8 +142,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     is_of_task: bool = False
 
 
-Request = Survey | Train | Test | Draw | DrawComparison
-Result = Surveyed | Learnt | Tested | Drawn
+Request = Survey | Train | Assess | Draw | DrawComparison
+Result = Surveyed | Learnt | Assessed | Drawn
 Reply = Advanced | Result | Failed
 
 encode = msgspec.json.Encoder().encode
@@ -197,13 +200,12 @@ class Bench:
         """After each round the state, and the steps that were made in it."""
         steps_a_pass = steps_of(self.task.num_examples(data), job.training.batch_size)
         owed = 0
-        counts_steps = True
         for number in range(1, job.rounds + 1):
             epochs, most = job.training.local_epochs, 0
             if job.steps:
                 owed += job.steps[number - 1]
-                most = owed if counts_steps else 0
-                epochs = math.ceil(owed / steps_a_pass) if counts_steps else owed // steps_a_pass
+                most = owed if job.counts_steps else 0
+                epochs = math.ceil(owed / steps_a_pass) if job.counts_steps else owed // steps_a_pass
             made = 0
             if epochs:
                 spec = TrainSpec(
@@ -217,13 +219,12 @@ class Bench:
                 )
                 trained = self.task.train(state, data, spec, _nothing)
                 state, made = trained.state, trained.num_steps or epochs * steps_a_pass
-                counts_steps = bool(trained.num_steps)
             owed -= made
             yield state, made
 
-    def tested(self, state: State, agents: Mapping[str, Holding]) -> Tested:
+    def tested(self, state: State, agents: Mapping[str, Holding]) -> Assessed:
         """Test a model."""
-        return Tested(
+        return Assessed(
             score=self._score(state, self.test),
             by_label=self._by_label(state),
             by_agent={agent_id: self._score(state, self.data(holding)) for agent_id, holding in agents.items()},
@@ -318,7 +319,7 @@ class _Server:
                 return self._bench_of(request.task).train(
                     request, lambda done: reply(encode(Advanced(way=request.way, round=done)))
                 )
-            case Test():
+            case Assess():
                 bench = self._bench_of(request.task)
                 with ModelStore(Path(request.models_dir)).open(request.digest) as model:
                     return bench.tested(model.state(), request.agents)

@@ -31,6 +31,9 @@ FEDERATED, FEDSGD, CENTRALIZED, ALONE, LOCAL_AVERAGE = "federated", "fedsgd", "c
 ARMS = (FEDERATED, CENTRALIZED, ALONE, LOCAL_AVERAGE, FEDSGD)
 
 _MAX_AGENTS = 100
+_PLAIN = Settings()
+_OF_STRATEGY = ("strategy", "strategy_options", "weighting", "server_learning_rate", "visit_order")
+"""Settings of how updates become the next model: FedSGD is plain averaging."""
 
 
 class CompareSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,7 +151,7 @@ class ComparePlan:
         if arm == FEDSGD:
             rate = self.compare.fedsgd_learning_rate or self.settings.learning_rate
             own |= {"local_epochs": 1, "batch_size": 0, "rounds": fedsgd_rounds, "learning_rate": rate, "momentum": 0.0}
-            own |= {"strategy": "fedavg", "server_learning_rate": 1.0}
+            own |= {key: getattr(_PLAIN, key) for key in _OF_STRATEGY if key in Settings.__struct_fields__}
         return msgspec.structs.replace(self.settings, **own)
 
     def definition(self) -> dict[str, Any]:

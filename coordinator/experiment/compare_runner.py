@@ -16,7 +16,7 @@ from coordinator.experiment.compare_store import CompareStore, Unit, UnitResult
 from coordinator.experiment.federation import Federation, FederationPlan, Outcome, outcome_of
 from coordinator.experiment.helper import Helper
 from coordinator.experiment.interrupts import Interrupts
-from coordinator.experiment.scores import RoundScore, Tested
+from coordinator.experiment.scores import Assessed, RoundScore
 from coordinator.store import Store, StoreError
 
 
@@ -119,6 +119,7 @@ class Runner:
                 rounds=plan.settings.rounds,
                 training=plan.training,
                 steps=steps if is_central else (),
+                counts_steps=self._survey is not None and self._survey.counts_steps,
                 agents=plan.holdings if is_central else {unit.agent: plan.holdings[unit.agent]},
             )
         )
@@ -131,13 +132,13 @@ class Runner:
             with Federation(plan) as federation:
                 self._watcher.began(unit, federation.service.shared)
                 outcome, broker = federation.run(self._interrupts, self._watcher.look), federation.broker
-        request = baselines.Test(
+        request = baselines.Assess(
             task=plan.settings.task,
             models_dir=str(plan.state_dir / "models"),
             digest=outcome.last_digest,
             agents=self._plan.holdings,
         )
-        result = self._result(unit, steps, _rounds(outcome, plan.settings), helper.test(request))
+        result = self._result(unit, steps, _rounds(outcome, plan.settings), helper.assess(request))
         return msgspec.structs.replace(result, run_id=outcome.run_id, broker=broker)
 
     def _federation_plan(self, unit: Unit) -> FederationPlan:
@@ -156,7 +157,7 @@ class Runner:
             threads=self._plan.compare.threads,
         )
 
-    def _result(self, unit: Unit, steps: tuple[int, ...], rounds: list[RoundScore], tested: Tested) -> UnitResult:
+    def _result(self, unit: Unit, steps: tuple[int, ...], rounds: list[RoundScore], tested: Assessed) -> UnitResult:
         assert self._survey is not None
         return UnitResult(
             unit=unit,

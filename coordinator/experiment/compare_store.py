@@ -23,7 +23,7 @@ import msgspec
 
 from coordinator.experiment.compare_plan import ComparePlan
 from coordinator.experiment.federation import ExperimentError
-from coordinator.experiment.scores import RoundScore, Tested
+from coordinator.experiment.scores import Assessed, RoundScore
 from coordinator.files import sync_dir
 
 
@@ -65,7 +65,7 @@ class UnitResult(msgspec.Struct, frozen=True, kw_only=True):
 
     unit: Unit
     rounds: list[RoundScore]
-    tested: Tested
+    tested: Assessed
     steps: tuple[int, ...]
     versions: dict[str, str]
     finished_at: str

@@ -31,7 +31,7 @@ from coordinator.experiment.federation import ExperimentError, Federation, Outco
 from coordinator.experiment.helper import Helper
 from coordinator.experiment.holding import Holding
 from coordinator.experiment.interrupts import Interrupted, Interrupts
-from coordinator.experiment.scores import RoundScore, Tested
+from coordinator.experiment.scores import Assessed, RoundScore
 from midge import log
 
 _NEEDED = {"torch": "torch", "sklearn": "torch", "matplotlib": "coordinator"}
@@ -103,7 +103,7 @@ def _demonstrate(plan: Plan, interrupts: Interrupts, *, as_json: bool) -> Report
 def _compare(plan: Plan, federation: Federation, outcome: Outcome, helper: Helper) -> Report:
     settings, first = federation.settings, plan.agents[0]
     models_dir = str(plan.state_dir / "models")
-    federated = helper.test(baselines.Test(task=settings.task, models_dir=models_dir, digest=outcome.last_digest))
+    federated = helper.assess(baselines.Assess(task=settings.task, models_dir=models_dir, digest=outcome.last_digest))
 
     def train(way: str, trainer: str, holding: Holding) -> Learned:
         request = baselines.Train(
@@ -135,7 +135,7 @@ def _compare(plan: Plan, federation: Federation, outcome: Outcome, helper: Helpe
     return report
 
 
-def learned(tested: Tested, first: AgentPlan, rounds: list[Round], wall_s: float) -> Learned:
+def learned(tested: Assessed, first: AgentPlan, rounds: list[Round], wall_s: float) -> Learned:
     """What one way of learning came to, as the report has it."""
     return Learned(
         accuracy=tested.score.accuracy or 0.0,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from coordinator.experiment import baselines
 from coordinator.experiment.federation import ExperimentError
 from coordinator.experiment.interrupts import Interrupts
-from coordinator.experiment.scores import RoundScore, Tested
+from coordinator.experiment.scores import Assessed, RoundScore
 from midge.tasks.process import Child
 
 
@@ -46,10 +46,10 @@ class Helper:
         assert isinstance(result, baselines.Learnt)
         return result
 
-    def test(self, request: baselines.Test) -> Tested:
+    def assess(self, request: baselines.Assess) -> Assessed:
         """Have a stored model tested. Raises as `_ask`."""
         result = self._ask(request)
-        assert isinstance(result, Tested)
+        assert isinstance(result, Assessed)
         return result
 
     def draw(self, request: baselines.Draw | baselines.DrawComparison) -> None:

@@ -37,7 +37,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float | None
 
 
-class Tested(msgspec.Struct, frozen=True, kw_only=True, tag="tested"):
+class Assessed(msgspec.Struct, frozen=True, kw_only=True, tag="assessed"):
     """How the last model does.
 
     Attributes:

@@ -73,8 +73,8 @@ def test_a_file_that_does_not_fit_says_which_tensor_and_both_shapes_and_register
     file = tmp_path / "weights.safetensors"
     save_file({"bias": torch.zeros(1), "weight": torch.zeros(1, 8)}, file)
     problem = (
-        rf"weights\.safetensors does not fit task {TASK}: it has weight \(1, 8\) float32 where "
-        r"weight \(1, 4\) float32 was expected"
+        rf"weights\.safetensors does not fit task {TASK}: it has weight \(1, 8\) float32, "
+        r"expected \(1, 4\) float32"
     )
     with pytest.raises(BaseModelError, match=f"^{problem}"):
         disk.push("mine", file=file)
@@ -154,7 +154,7 @@ def test_a_run_begins_from_the_base_model_only_where_it_fits_the_task(disk):
     other = disk.models.save_state({**linear.initial_state(0), "weight": np.zeros((1, 8), np.float32)})
     failed = ask(msg.MakeModel(request=2, seed=0, base_digest=other))
     assert failed.reason.startswith(
-        "base_model does not fit: it has weight (1, 8) float32 where weight (1, 4) float32 was expected"
+        "base_model does not fit: it has weight (1, 8) float32, expected (1, 4) float32"
     )
     (disk.models.path / f"{digest}.safetensors").write_bytes(b"damaged")
     assert "the file is damaged" in ask(msg.MakeModel(request=3, seed=0, base_digest=digest)).reason
