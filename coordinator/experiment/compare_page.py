@@ -77,7 +77,7 @@ def _date(comparison: Comparison) -> str:
 def _arms(comparison: Comparison) -> str:
     is_accuracy = comparison.metric == "accuracy"
     headings = ["way of learning", *(["accuracy"] if is_accuracy else []), "loss", "rounds", "gradient steps"]
-    headings += ["examples a step", "seconds"]
+    headings += ["examples a step", "passes", "seconds"]
     rows = []
     for place, arm in enumerate(comparison.arms):
         name = f'<span class="dot arm{place}"></span>{escape(arm.label)}'
@@ -91,7 +91,10 @@ def _arms(comparison: Comparison) -> str:
             f"{arm.seconds:.1f}",
         ]
         rows.append((name, cells))
-    caption = "The last model of each, on the same test data, of " + f"{comparison.test.num_examples:,} examples"
+    caption = (
+        f"The last model of each, on the same test data, of {comparison.test.num_examples:,} examples. "
+        "Passes: how often each example was looked at"
+    )
     return f"<section><h2>Results</h2>{_table(caption, headings, rows)}</section>"
 
 
@@ -201,7 +204,8 @@ def _budget(comparison: Comparison) -> str:
         lines.append(
             "FedSGD: one step an agent and round, over all examples of the agent; as many rounds as make the same number of "
             f"steps{bound}. It made {fedsgd.rounds:,} rounds and {fedsgd.num_steps:,.0f} of {fedsgd.budget:,} steps. Each of "
-            "its steps looks at more examples, and each of its rounds sends as much as one of the federation."
+            f"its steps looks at more examples, so it made {fedsgd.passes:,.0f} passes over them; and each of its rounds sends "
+            "as much as one of the federation."
         )
     return (
         "<section><h2>The same budget for all</h2>" + "".join(f"<p>{escape(line)}</p>" for line in lines) + "</section>"

@@ -136,7 +136,7 @@ class LiveScreen:
 
     def _latest(self, units: Sequence[Unit]) -> str:
         finished = [self._finished[unit] for unit in units if unit in self._finished]
-        return _scores(finished[-1]) if finished else ""
+        return _scores(finished[-1]).partition(", ")[0] if finished else ""
 
     def _status(self) -> str:
         if not self._rounds:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.experiment.baselines import Surveyed
+from coordinator.experiment.baselines import Surveyed, steps_of
 from coordinator.experiment.budget import expected_steps, steps_a_round
 from coordinator.experiment.compare_plan import ALONE, CENTRALIZED, FEDERATED, FEDSGD, LOCAL_AVERAGE, ComparePlan
 from coordinator.experiment.compare_store import Unit, UnitResult
@@ -50,6 +50,7 @@ class ArmSummary(msgspec.Struct, frozen=True, kw_only=True):
         num_steps: gradient steps in all, on average over the seeds; of `local-average`, of all agents together.
         budget: how many there were to make.
         batch: examples in each.
+        passes: how often an example was looked at, on average over the data of those who trained.
         seconds: that its rounds took, on average over the seeds.
         by_label: accuracy on the test examples with a label.
         by_agent: on the data that an agent trains on, accuracy or else loss.
@@ -61,6 +62,7 @@ class ArmSummary(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: float
     budget: int
     batch: str
+    passes: float
     seconds: float
     accuracy: Stat | None
     loss: Stat
@@ -152,7 +154,7 @@ def summarize(plan: ComparePlan, survey: Surveyed, results: Sequence[UnitResult]
         ],
         central=survey.central,
         test=survey.test,
-        arms=[_Arm(plan, arm, by_unit, metric, budget).summary() for arm in plan.arms],
+        arms=[_Arm(plan, arm, by_unit, metric, budget).summary(survey) for arm in plan.arms],
         budget=budget,
         counts_steps=survey.counts_steps,
         definition=plan.definition(),
@@ -186,7 +188,7 @@ class _Arm:
             [by_unit[Unit(kind=kind, seed=seed, agent=agent)] for agent in trainers or [""]] for seed in plan.seeds
         ]
 
-    def summary(self) -> ArmSummary:
+    def summary(self, survey: Surveyed) -> ArmSummary:
         """All of it."""
         agents = [agent.agent_id for agent in self._plan.agents]
         labels = sorted(self._seeds[0][0].tested.by_label, key=int)
@@ -196,7 +198,8 @@ class _Arm:
             rounds=len(self._seeds[0][0].rounds) - 1,
             num_steps=self._mean(lambda units: sum(unit.num_steps for unit in units)),
             budget=self._allotted(),
-            batch="all" if self._arm == FEDSGD or not self._plan.settings.batch_size else self._batch(),
+            batch=self._batch(),
+            passes=self._passes(survey),
             seconds=self._mean(lambda units: sum(one.duration_s for unit in units for one in unit.rounds)),
             accuracy=None if self._metric == "loss" else self._stat(lambda unit: unit.tested.score.accuracy or 0.0),
             loss=self._stat(lambda unit: unit.tested.score.loss),
@@ -206,7 +209,18 @@ class _Arm:
         )
 
     def _batch(self) -> str:
-        return str(self._plan.settings.batch_size)
+        size = 0 if self._arm == FEDSGD else self._plan.settings.batch_size
+        return str(size) if size else "all"
+
+    def _passes(self, survey: Surveyed) -> float:
+        plan = self._plan
+        if self._arm == CENTRALIZED and survey.central is not None:
+            num_steps = self._mean(lambda units: sum(unit.num_steps for unit in units))
+            return num_steps / steps_of(survey.central.num_examples, plan.settings.batch_size)
+        rounds = len(self._seeds[0][0].rounds) - 1
+        epochs = 1 if self._arm == FEDSGD else plan.settings.local_epochs
+        share = plan.agents_a_round / len(plan.agents) if self._arm in (FEDERATED, FEDSGD) else 1.0
+        return rounds * epochs * share
 
     def _allotted(self) -> int:
         """The budget of the arm: that of the federation, or of the agents that train alone."""

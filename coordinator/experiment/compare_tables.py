@@ -25,7 +25,10 @@ def table(comparison: Comparison) -> Table:
     """The arms side by side."""
     num_seeds = len(comparison.seeds)
     seeds = f"{num_seeds} seeds, mean ± standard deviation" if num_seeds > 1 else "1 seed"
-    view = Table(box=box.SIMPLE_HEAD, title=f"{comparison.task}, {seeds}", title_style="bold")
+    title = f"{comparison.task}, {seeds}"
+    view = Table(
+        box=box.SIMPLE_HEAD, title=title, title_style="bold", pad_edge=False, collapse_padding=True, show_edge=False
+    )
     view.add_column("", no_wrap=True)
     headings = ["accuracy"] if comparison.metric == "accuracy" else []
     for heading in (*headings, "loss", "rounds", "steps", "seconds"):
@@ -48,7 +51,17 @@ def write_csv(out: Path, comparison: Comparison, results: Sequence[UnitResult]) 
     """Write all files."""
     _write(
         out / "arms.csv",
-        ("arm", "accuracy_mean", "accuracy_spread", "loss_mean", "loss_spread", "rounds", "num_steps", "seconds"),
+        (
+            "arm",
+            "accuracy_mean",
+            "accuracy_spread",
+            "loss_mean",
+            "loss_spread",
+            "rounds",
+            "num_steps",
+            "passes",
+            "seconds",
+        ),
         (
             (
                 arm.arm,
@@ -57,6 +70,7 @@ def write_csv(out: Path, comparison: Comparison, results: Sequence[UnitResult]) 
                 arm.loss.spread,
                 arm.rounds,
                 arm.num_steps,
+                round(arm.passes, 3),
                 round(arm.seconds, 3),
             )
             for arm in comparison.arms
