@@ -29,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSpec
+from midge.tasks.inspection import labels_of
 from midge.tasks.user_code import DataFunction, number, numbers_of, round_config, seeded
 
 _SIZED = ("trainloader", "train_loader", "trainset", "train_set", "train_dataset", "train_data", "x_train", "X_train")
-"""Where a client is likely to keep what it trains on; only for saying how many examples there are."""
+"""Where a client is likely to keep what it trains on; only for saying how many examples there are, and of what."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ class ClientData:
     """A client, which holds its data itself."""
 
     client: Any
+
+    def __len__(self) -> int:
+        """How many examples it has, where one of the usual attributes tells; else 1, as only `fit` will say."""
+        return 1 if self._examples is None else len(self._examples)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Of what it trains on; None where they cannot be read."""
+        return None if self._examples is None else labels_of(self._examples)
+
+    @property
+    def _examples(self) -> Any | None:
+        for name in _SIZED:
+            held: Any = getattr(self.client, name, None)
+            held = getattr(held, "dataset", held) if hasattr(held, "batch_sampler") else held
+            if hasattr(held, "__len__") and len(held) > 0:
+                return held
+        return None
 
 
 class NumpyClientTask:
@@ -89,13 +108,8 @@ class NumpyClientTask:
             return ClientData(self._make_client(self._make, spec))
 
     def num_examples(self, data: ClientData) -> int:
-        """How many the client has, where one of the usual attributes tells; else 1, as only `fit` will say."""
-        for name in _SIZED:
-            held: Any = getattr(data.client, name, None)
-            held = getattr(held, "dataset", held)
-            if hasattr(held, "__len__") and len(held) > 0:
-                return len(held)
-        return 1
+        """How many the client has, as far as can be seen."""
+        return len(data)
 
     def test_data(self) -> ClientData | None:
         """See `load_test_data`."""

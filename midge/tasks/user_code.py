@@ -24,7 +24,7 @@ _DEALS = {"spec", "part", "partition_id", "classes"}
 class DataFunction:
     """A function that loads data, or makes what holds them, from as much of a `DataSpec` as it has parameters for.
 
-    Known are `spec` (all of it), `data_dir`, `classes`, `partition`, `part` or `partition_id`, and `num_parts` or
+    Known are `spec` (all of it), `data_dir`, `download`, `classes`, `partition`, `part` or `partition_id`, and `num_parts` or
     `num_partitions`. A `data_dir` that the operator did not give is left to the function's default.
 
     Attributes:
@@ -125,6 +125,7 @@ def _of_data(spec: DataSpec) -> dict[str, Any]:
     return {
         "spec": spec,
         "data_dir": spec.data_dir,
+        "download": spec.download,
         "classes": spec.classes,
         "partition": spec.partition,
         "part": spec.part,

@@ -16,6 +16,7 @@ from torch import nn
 
 from midge.tasks.base import DataSpec, FollowsRounds, ShowsModel, TaskError, TrainSpec
 from midge.tasks.flatten import layout_of, state_to_vector, vector_to_state
+from midge.tasks.inspection import labels_of
 from midge.tasks.numpy_client import numpy_client_task
 from midge.tasks.registry import _lacks
 from midge.wire.errors import LayoutError
@@ -286,6 +287,15 @@ def test_how_many_examples_a_client_has_is_seen_where_it_keeps_them_in_the_usual
         task.num_examples(task.load_data(DataSpec())) for task in map(numpy_client_task, (Holding, HoldingArrays, Mean))
     ]
     assert counts == [17, 6, 1]
+
+
+def test_the_labels_of_a_client_s_data_are_seen_where_they_can_be_read():
+    class Labelled(Mean):
+        trainloader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS, LABELS), batch_size=5)
+
+    data = numpy_client_task(Labelled).load_data(DataSpec())
+    assert labels_of(data).tolist() == [0, 1, 2] * 8
+    assert numpy_client_task(Mean).load_data(DataSpec()).labels is None
 
 
 # What is wrong is said.
