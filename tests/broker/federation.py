@@ -167,8 +167,7 @@ class Federation:
 
     def start_coordinator(self, *options: str, state: str = "coordinator", **settings: object) -> Program:
         """`coordinator run`, or what `options` begin with; `settings` go by `--set`."""
-        command = options[0] if options and not options[0].startswith("-") else "run"
-        rest = options[1:] if command != "run" else options
+        command, *rest = options if options and not options[0].startswith("-") else ("run", *options)
         arguments = [command, *self._common, "--state-dir", str(self.state_dir(state)), *rest]
         return self._start(state, "coordinator", [*arguments, *_assigned({"http_port": 0, **settings})])
 

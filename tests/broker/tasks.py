@@ -3,7 +3,6 @@
     linear      least squares of five parameters on a few examples: everything about it can be computed in a test
     wide        1.2 MB in many frames, and an integer buffer
     batch_norm  a torch model with batch normalisation
-    four_rows   the toy of two workers in turn: one linear layer of torch, two rows of data each
     echo        a client as Flower has them, which tells what it was told
 
 An agent's data directory is the test's remote control of that agent:
@@ -155,37 +154,6 @@ def batch_norm() -> Any:
             return inputs, torch.arange(len(inputs)) % 3
 
     return BatchNormTask()
-
-
-FOUR_ROWS = ([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], [[0.0], [0.0], [1.0], [1.0]])
-
-
-def four_rows() -> Any:
-    """Two rows for part 0 (bob), the other two for part 1 (alice); all four to evaluate on; the loss is a sum of squares."""
-    import torch
-    from torch import nn
-
-    from midge.tasks.torch_task import TorchTask
-
-    class FourRowsTask(TorchTask):
-        name = "four_rows"
-
-        def build_model(self) -> nn.Module:
-            return nn.Linear(2, 1)
-
-        def load_data(self, spec: DataSpec) -> tuple[torch.Tensor, torch.Tensor]:
-            inputs, targets = self.test_data()
-            mine = slice(2 * spec.part, 2 * spec.part + 2)
-            return inputs[mine], targets[mine]
-
-        def test_data(self) -> tuple[torch.Tensor, torch.Tensor]:
-            inputs, targets = FOUR_ROWS
-            return torch.tensor(inputs), torch.tensor(targets)
-
-        def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return ((outputs - targets) ** 2).sum()
-
-    return FourRowsTask()
 
 
 class EchoClient:

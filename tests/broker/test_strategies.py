@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import torch
 
 from coordinator.strategies import FedAdam, Step
 from midge.tasks.base import DataSpec, TrainSpec, seed_of
 from tests.broker import tasks
-from tests.broker.federation import wait_until
+from tests.broker.federation import ROOT, assert_same_model, wait_until
 
-FOUR_ROWS = "tests.broker.tasks:four_rows"
+SCENARIO = ROOT / "examples" / "two_workers"
 VISITS = 20
 
 
 def visits_in_plain_pytorch(order):
     """The loss on the visited rows before each step, the loss on all rows after it, and the model then."""
-    torch = pytest.importorskip("torch")
-    inputs, targets = (torch.tensor(rows) for rows in tasks.FOUR_ROWS)
+    inputs = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    targets = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     rows = {"bob": slice(0, 2), "alice": slice(2, 4)}
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
@@ -38,13 +42,12 @@ def visits_in_plain_pytorch(order):
 
 @pytest.mark.parametrize("order", [("bob", "alice"), ("alice", "bob")])
 def test_a_model_that_visits_two_workers_in_turn_learns_what_plain_pytorch_does(mosquitto, make_federation, order):
-    federation = make_federation(mosquitto.url, task=FOUR_ROWS)
+    federation = make_federation(mosquitto.url, task=f"{SCENARIO / 'two_workers.py'}:task")
     federation.start_agent("bob", part=0)
     federation.start_agent("alice", part=1)
-    settings = {"strategy": "cyclic", "rounds": VISITS, "min_agents": 2, "batch_size": 0, "learning_rate": 0.1}
-    if order != ("alice", "bob"):  # which is that of the alphabet
-        settings["visit_order"] = ",".join(order)
-    assert federation.start_coordinator(best_metric="loss", best_mode="min", **settings).wait() == 0
+    # Without an order, it is that of the alphabet.
+    settings = {} if order == ("bob", "alice") else {"visit_order": ""}
+    assert federation.start_coordinator("run", str(SCENARIO / "midge.toml"), **settings).wait() == 0
 
     versions = federation.versions()
     expected = visits_in_plain_pytorch(order)
@@ -55,11 +58,7 @@ def test_a_model_that_visits_two_workers_in_turn_learns_what_plain_pytorch_does(
         assert np.float32(update.metrics["loss"]) == np.float32(before)
         assert np.float32(versions[round_num]["central"].loss) == np.float32(after)
         assert versions[round_num]["num_updates"] == 1
-        if round_num > VISITS - 10:  # earlier models are pruned
-            model = federation.model(round_num)
-            assert {name: array.tobytes() for name, array in model.items()} == {
-                n: a.tobytes() for n, a in state.items()
-            }
+        assert_same_model(federation.model(round_num), state)
     assert expected[-1][1] < 0.1 * expected[0][1]
 
 
@@ -118,3 +117,9 @@ def test_a_run_whose_steps_explode_keeps_its_last_good_model_and_says_why_it_fai
     assert len(federation.versions()) == 1
     assert flat(federation.model(0)).tobytes() == flat(tasks.linear.initial_state(0)).tobytes()
     wait_until(lambda: "max_step_ratio" in coordinator.log(), "the log says why")
+
+
+def test_the_example_in_plain_pytorch_prints_the_same_losses():
+    done = subprocess.run([sys.executable, str(SCENARIO / "plain.py")], capture_output=True, text=True, check=True)
+    printed = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert printed == [round(after, 6) for _, after, _ in visits_in_plain_pytorch(("bob", "alice"))]

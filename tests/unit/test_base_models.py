@@ -153,8 +153,6 @@ def test_a_run_begins_from_the_base_model_only_where_it_fits_the_task(disk):
     assert ask(msg.MakeModel(request=1, seed=0, base_digest=digest)).digest == digest
     other = disk.models.save_state({**linear.initial_state(0), "weight": np.zeros((1, 8), np.float32)})
     failed = ask(msg.MakeModel(request=2, seed=0, base_digest=other))
-    assert failed.reason.startswith(
-        "base_model does not fit: it has weight (1, 8) float32, expected (1, 4) float32"
-    )
+    assert failed.reason.startswith("base_model does not fit: it has weight (1, 8) float32, expected (1, 4) float32")
     (disk.models.path / f"{digest}.safetensors").write_bytes(b"damaged")
     assert "the file is damaged" in ask(msg.MakeModel(request=3, seed=0, base_digest=digest)).reason
