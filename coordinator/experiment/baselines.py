@@ -21,11 +21,14 @@ from coordinator.experiment.demo_report import Report
 from coordinator.experiment.holding import Holding
 from coordinator.experiment.scores import Assessed, Held, LabelScore, RoundScore, Score
 from coordinator.models import ModelStore
-from midge.tasks.base import State, Task, TaskError, TrainSpec, seed_of
+from midge.tasks.base import FollowsRounds, State, Task, TaskError, TrainSpec, seed_of, test_data_of
+from midge.tasks.inspection import labels_of
 from midge.tasks.process import serve
 from midge.tasks.registry import find_task
 from midge.wire.messages import TrainingConfig
 
+_MAX_READ = 20_000
+"""Data sets of more examples, whose labels can only be had by reading each, are not read for them."""
 CENTRALIZED = "centralized"
 """Who trains on all data in one place, for `seed_of`."""
 
@@ -34,10 +37,12 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True, tag="survey"):
     """Look at everybody's data, and at what the task can tell.
 
     Attributes:
+        test: where the test data are.
         central: all data in one place; None where nobody asks.
     """
 
     task: str
+    test: Holding
     agents: dict[str, Holding]
     central: Holding | None
 
@@ -59,6 +64,7 @@ class Train(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     """
 
     task: str
+    test: Holding
     way: str
     trainer: str
     holding: Holding
@@ -74,6 +80,7 @@ class Assess(msgspec.Struct, frozen=True, kw_only=True, tag="assess"):
     """Test a stored model."""
 
     task: str
+    test: Holding
     models_dir: str
     digest: str
     agents: dict[str, Holding] = {}
@@ -154,11 +161,12 @@ _decode_request = msgspec.json.Decoder(Request).decode
 class Bench:
     """A task, and the data that were asked for, kept from one request to the next."""
 
-    def __init__(self, reference: str) -> None:
+    def __init__(self, reference: str, test: Holding) -> None:
         began = time.monotonic()
         self.reference = reference
+        self.where = test
         self.task: Task = find_task(reference)
-        self.test: Any = self.task.test_data()
+        self.test: Any = test_data_of(self.task, test.spec())
         if self.test is None:
             raise TaskError(f"task {reference}: it has no test data, without which nothing can be compared")
         self._data: dict[Holding, Any] = {}
@@ -214,9 +222,12 @@ class Bench:
                     learning_rate=job.training.learning_rate,
                     momentum=job.training.momentum,
                     seed=seed_of(job.seed, number, job.trainer),
+                    round_num=number,
                     extra=job.training.extra,
                     max_steps=most,
                 )
+                if isinstance(self.task, FollowsRounds):
+                    self.task.begin_round(spec)
                 trained = self.task.train(state, data, spec, _nothing)
                 state, made = trained.state, trained.num_steps or epochs * steps_a_pass
             owed -= made
@@ -232,7 +243,7 @@ class Bench:
 
     def _by_label(self, state: State) -> dict[str, LabelScore]:
         accuracy_by_label = getattr(self.task, "accuracy_by_label", None)
-        labels = labels_of(self.test)
+        labels = label_counts(self.test)
         if accuracy_by_label is None or not labels:
             return {}
         try:
@@ -263,7 +274,7 @@ class Bench:
         num_examples = self.task.num_examples(data)
         if num_examples < 1:
             raise TaskError(f"task {self.reference}: {whose}: no example")
-        return Held(num_examples=num_examples, by_label=labels_of(data))
+        return Held(num_examples=num_examples, by_label=label_counts(data))
 
 
 def steps_of(num_examples: int, batch_size: int) -> int:
@@ -271,12 +282,10 @@ def steps_of(num_examples: int, batch_size: int) -> int:
     return math.ceil(num_examples / batch_size) if batch_size else 1
 
 
-def labels_of(data: Any) -> dict[str, int]:
-    """How many examples there are of each label, where data are inputs and integer labels; else nothing."""
-    if not isinstance(data, tuple) or len(data) != 2:
-        return {}
-    labels = np.asarray(data[1])
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+def label_counts(data: Any) -> dict[str, int]:
+    """How many examples there are of each label, in order; nothing where there are no labels, or they take long to read."""
+    labels = labels_of(data, max_read=_MAX_READ)
+    if labels is None:
         return {}
     found, counts = np.unique(labels, return_counts=True)
     return {str(label): int(count) for label, count in zip(found.tolist(), counts.tolist(), strict=True)}
@@ -314,13 +323,13 @@ class _Server:
     def _answer(self, request: Request, reply: Callable[[bytes], None]) -> Result:
         match request:
             case Survey():
-                return self._bench_of(request.task).survey(request)
+                return self._bench_of(request).survey(request)
             case Train():
-                return self._bench_of(request.task).train(
+                return self._bench_of(request).train(
                     request, lambda done: reply(encode(Advanced(way=request.way, round=done)))
                 )
             case Assess():
-                bench = self._bench_of(request.task)
+                bench = self._bench_of(request)
                 with ModelStore(Path(request.models_dir)).open(request.digest) as model:
                     return bench.tested(model.state(), request.agents)
             case Draw():
@@ -334,9 +343,9 @@ class _Server:
                 draw_all(Path(request.path), Path(request.directory))
                 return Drawn()
 
-    def _bench_of(self, reference: str) -> Bench:
-        if self._bench is None or self._bench.reference != reference:
-            self._bench = Bench(reference)
+    def _bench_of(self, request: Survey | Train | Assess) -> Bench:
+        if self._bench is None or (self._bench.reference, self._bench.where) != (request.task, request.test):
+            self._bench = Bench(request.task, request.test)
         return self._bench
 
 

@@ -31,6 +31,7 @@ FEDERATED, FEDSGD, CENTRALIZED, ALONE, LOCAL_AVERAGE = "federated", "fedsgd", "c
 ARMS = (FEDERATED, CENTRALIZED, ALONE, LOCAL_AVERAGE, FEDSGD)
 
 _MAX_AGENTS = 100
+_NUM_AGENTS = 3
 _PLAIN = Settings()
 _OF_STRATEGY = ("strategy", "strategy_options", "weighting", "server_learning_rate", "visit_order")
 """Settings of how updates become the next model: FedSGD is plain averaging."""
@@ -51,8 +52,13 @@ class CompareSettings(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(ge=1, le=100, description="How often, each time with the next seed, from `seed` on.")
     ] = 3
     agents: Annotated[
-        int, Meta(ge=1, le=_MAX_AGENTS, description="Agent processes: `agent-1`, `agent-2` and so on.")
-    ] = 3
+        int,
+        Meta(
+            ge=0,
+            le=_MAX_AGENTS,
+            description="Agent processes: `agent-1`, `agent-2` and so on; 0: as many as `start_agents`, or 3.",
+        ),
+    ] = 0
     partition: Annotated[
         Text, Meta(description="How the data are dealt among them; empty: `iid`, or as `classes` and `agent` say.")
     ] = ""
@@ -66,7 +72,9 @@ class CompareSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     sel_prob: Annotated[Share, Meta(description="Share of the examples with its own labels that an agent has.")] = 1.0
     def_prob: Annotated[Share, Meta(description="Share of the examples with other labels that an agent has.")] = 0.0
-    data_dir: Annotated[Text, Meta(description="Where the data lie; empty: the task's own place.")] = ""
+    data_dir: Annotated[
+        Text, Meta(description="Where the agents' data lie; empty: as the coordinator's, or the task's own place.")
+    ] = ""
     data_seed: Annotated[int, Meta(ge=0, le=2**53, description="Seed of the partition: the same for all seeds.")] = 0
     fedsgd_rounds: Annotated[int, Meta(ge=1, le=1_000_000, description="Most rounds of the arm `fedsgd`.")] = 500
     fedsgd_learning_rate: Annotated[
@@ -100,6 +108,7 @@ class ComparePlan:
         arms: in the order that they were asked for, each once.
         agents: who takes part, and what each holds.
         central: all data in one place.
+        test: where the test data are.
         broker: URL of one to use, or which one to start; None for whichever is there.
         out: directory for all results.
     """
@@ -109,6 +118,7 @@ class ComparePlan:
     arms: tuple[str, ...]
     agents: tuple[AgentPlan, ...]
     central: Holding
+    test: Holding
     broker: str | None
     out: Path
 
@@ -125,6 +135,8 @@ class ComparePlan:
     @property
     def agents_a_round(self) -> int:
         """How many are counted in a round of the federation, where nothing goes wrong."""
+        if self.settings.in_turn:
+            return 1
         return self.settings.cohort or len(self.agents)
 
     @property
@@ -151,7 +163,7 @@ class ComparePlan:
         if arm == FEDSGD:
             rate = self.compare.fedsgd_learning_rate or self.settings.learning_rate
             own |= {"local_epochs": 1, "batch_size": 0, "rounds": fedsgd_rounds, "learning_rate": rate, "momentum": 0.0}
-            own |= {key: getattr(_PLAIN, key) for key in _OF_STRATEGY if key in Settings.__struct_fields__}
+            own |= {key: getattr(_PLAIN, key) for key in _OF_STRATEGY}
         return msgspec.structs.replace(self.settings, **own)
 
     def definition(self) -> dict[str, Any]:
@@ -163,6 +175,7 @@ class ComparePlan:
             "centralized": msgspec.to_builtins(self.central.given()),
             "fedsgd_rounds": self.compare.fedsgd_rounds,
             "fedsgd_learning_rate": self.compare.fedsgd_learning_rate,
+            "test": msgspec.to_builtins(self.test.given()),
             "threads": self.compare.threads,
         }
 
@@ -206,14 +219,17 @@ def load_plan(
     if problems:
         raise ExperimentError("\n".join(problems), status=2)
     stem = "agent" if broker is None or broker in LOCAL_BROKERS else "compare-agent"
-    agents = _agents(table, stem, config)
+    if base.base_model:
+        raise ExperimentError("base_model is given: every arm begins with the task's own first model, leave it out", 2)
+    place = {"data_dir": table.data_dir or base.data_dir, "download": base.download}
+    agents = _agents(table, base, place, stem, config)
     settings = _run_settings(base, len(agents))
     if settings.cohort > len(agents):
         raise ExperimentError(
             f"cohort is {settings.cohort}: expected at most {len(agents)}, as many as agents", status=2
         )
     arms = _arms(table.arms, agents)
-    central = _holding({"data_dir": table.data_dir} | table.centralized, f"{_name(config)}, [compare.centralized]")
+    central = _holding(place | table.centralized, f"{_name(config)}, [compare.centralized]")
     if CENTRALIZED in arms and not table.centralized and len({agent.holding.data_dir for agent in agents}) > 1:
         raise ExperimentError(
             "each agent has a data_dir of its own: say with [compare.centralized] where all data lie in one place, "
@@ -221,7 +237,14 @@ def load_plan(
             status=2,
         )
     return ComparePlan(
-        settings=settings, compare=table, arms=arms, agents=agents, central=central, broker=broker, out=out
+        settings=settings,
+        compare=table,
+        arms=arms,
+        agents=agents,
+        central=central,
+        test=Holding(data_dir=base.data_dir or table.data_dir, download=base.download),
+        broker=broker,
+        out=out,
     )
 
 
@@ -229,14 +252,27 @@ def _run_settings(base: Settings, num_agents: int) -> Settings:
     """Those of a federation whose agents are all there, and none of which is slow to report: more invitations only waste."""
     minimum = base.cohort or num_agents
     return msgspec.structs.replace(
-        base, min_agents=minimum, quorum=min(base.quorum, minimum), over_select=1.0, select={}, evaluate=True
+        base,
+        min_agents=minimum,
+        start_agents=num_agents,
+        quorum=min(base.quorum, minimum),
+        over_select=1.0,
+        select={},
+        evaluate=True,
+        keep_agent_models=False,
+        tensorboard_dir="",
+        mlflow_uri="",
     )
 
 
-def _agents(table: CompareSettings, stem: str, config: Path | None) -> tuple[AgentPlan, ...]:
-    num_agents = table.agents
+def _agents(
+    table: CompareSettings, base: Settings, place: Mapping[str, Any], stem: str, config: Path | None
+) -> tuple[AgentPlan, ...]:
+    num_agents = table.agents or base.start_agents or _NUM_AGENTS
+    if num_agents > _MAX_AGENTS:
+        raise ExperimentError(f"start_agents is {num_agents}: expected at most {_MAX_AGENTS}, or say agents", status=2)
     for key, given in (("classes", table.classes), ("agent", table.agent)):
-        if given and table.agents not in (len(given), CompareSettings().agents):
+        if given and table.agents not in (0, len(given)):
             raise ExperimentError(f"{key} is of {len(given)} agents, and agents is {table.agents}", status=2)
         num_agents = len(given) if given else num_agents
     if table.classes and table.agent and len(table.classes) != len(table.agent):
@@ -245,19 +281,19 @@ def _agents(table: CompareSettings, stem: str, config: Path | None) -> tuple[Age
         )
     partition = table.partition or ("" if table.classes or table.agent else "iid")
     agents = []
-    for place in range(num_agents):
+    for index in range(num_agents):
         values: dict[str, Any] = {
-            "data_dir": table.data_dir,
-            "classes": table.classes[place] if table.classes else (),
+            **place,
+            "classes": table.classes[index] if table.classes else (),
             "sel_prob": table.sel_prob,
             "def_prob": table.def_prob,
             "data_seed": table.data_seed,
         }
         if partition:
-            values |= {"partition": partition, "index": place, "of": num_agents}
-        own = dict(table.agent[place]) if table.agent else {}
-        where = f"{_name(config)}, [[compare.agent]] number {place + 1}"
-        agents.append(AgentPlan(agent_id=f"{stem}-{place + 1}", holding=_holding(values | own, where)))
+            values |= {"partition": partition, "index": index, "of": num_agents}
+        own = dict(table.agent[index]) if table.agent else {}
+        where = f"{_name(config)}, [[compare.agent]] number {index + 1}"
+        agents.append(AgentPlan(agent_id=f"{stem}-{index + 1}", holding=_holding(values | own, where)))
     return tuple(agents)
 
 

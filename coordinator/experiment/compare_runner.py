@@ -67,7 +67,9 @@ class Runner:
         plan = self._plan
         central = plan.central if CENTRALIZED in plan.arms else None
         settings = plan.settings
-        survey = helper.survey(baselines.Survey(task=settings.task, agents=plan.holdings, central=central))
+        survey = helper.survey(
+            baselines.Survey(task=settings.task, test=plan.test, agents=plan.holdings, central=central)
+        )
         self._survey = survey
         self._steps = budget.steps_a_round(survey.agents, settings.local_epochs, settings.batch_size)
         expected = budget.expected_steps(self._steps, settings.rounds, settings.cohort)
@@ -112,6 +114,7 @@ class Runner:
         learnt = helper.train(
             baselines.Train(
                 task=plan.settings.task,
+                test=plan.test,
                 way=unit.name,
                 trainer=baselines.CENTRALIZED if is_central else unit.agent,
                 holding=plan.central if is_central else plan.holdings[unit.agent],
@@ -134,6 +137,7 @@ class Runner:
                 outcome, broker = federation.run(self._interrupts, self._watcher.look), federation.broker
         request = baselines.Assess(
             task=plan.settings.task,
+            test=self._plan.test,
             models_dir=str(plan.state_dir / "models"),
             digest=outcome.last_digest,
             agents=self._plan.holdings,

@@ -103,11 +103,14 @@ def _demonstrate(plan: Plan, interrupts: Interrupts, *, as_json: bool) -> Report
 def _compare(plan: Plan, federation: Federation, outcome: Outcome, helper: Helper) -> Report:
     settings, first = federation.settings, plan.agents[0]
     models_dir = str(plan.state_dir / "models")
-    federated = helper.assess(baselines.Assess(task=settings.task, models_dir=models_dir, digest=outcome.last_digest))
+    federated = helper.assess(
+        baselines.Assess(task=settings.task, test=Holding(), models_dir=models_dir, digest=outcome.last_digest)
+    )
 
     def train(way: str, trainer: str, holding: Holding) -> Learned:
         request = baselines.Train(
             task=settings.task,
+            test=Holding(),
             way=way,
             trainer=trainer,
             holding=holding,

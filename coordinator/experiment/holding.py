@@ -25,6 +25,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     index: Annotated[int, Meta(ge=0)] = 0
     of: Annotated[int, Meta(ge=1)] = 1
     data_seed: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    download: bool = False
 
     def spec(self) -> DataSpec:
         """As a task takes it."""
@@ -37,6 +38,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             part=self.index,
             num_parts=self.of,
             seed=self.data_seed,
+            download=self.download,
         )
 
     def assignments(self) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from coordinator.experiment.baselines import Bench, Survey, Train, labels_of, steps_of  # noqa: E402
+from coordinator.experiment.baselines import Bench, Survey, Train, label_counts, steps_of  # noqa: E402
 from coordinator.experiment.holding import Holding  # noqa: E402
 from midge.tasks.base import TrainSpec, seed_of  # noqa: E402
 from midge.tasks.digits import DigitsTask  # noqa: E402
@@ -28,11 +28,19 @@ class WholePasses(DigitsTask):
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench("digits")
+    return Bench("digits", Holding())
 
 
 def train(bench, **changes):
-    values = {"task": "digits", "way": "way", "trainer": "agent-1", "holding": OWN, "seed": 3, "rounds": 3}
+    values = {
+        "task": "digits",
+        "test": Holding(),
+        "way": "way",
+        "trainer": "agent-1",
+        "holding": OWN,
+        "seed": 3,
+        "rounds": 3,
+    }
     return bench.train(Train(**{**values, "training": TRAINING, **changes}), lambda done: None)
 
 
@@ -60,7 +68,7 @@ def test_a_budget_of_steps_is_kept_to_the_step_in_every_round(bench):
 
 
 def test_a_task_of_whole_passes_makes_as_many_as_fit_and_carries_over_what_is_left():
-    bench = Bench("digits")
+    bench = Bench("digits", Holding())
     bench.task = WholePasses()
     learnt = train(bench, holding=Holding(), steps=(150, 100, 300), counts_steps=False)
     # 150 are one pass of 144 and 6, which with 100 more are no pass yet, and with 300 more two.
@@ -69,7 +77,7 @@ def test_a_task_of_whole_passes_makes_as_many_as_fit_and_carries_over_what_is_le
 
 def test_a_survey_tells_what_everybody_holds_and_whether_steps_are_counted(bench):
     agents = {"agent-1": OWN, "agent-2": Holding(partition="iid", index=1, of=3)}
-    survey = bench.survey(Survey(task="digits", agents=agents, central=Holding()))
+    survey = bench.survey(Survey(task="digits", test=Holding(), agents=agents, central=Holding()))
     assert set(survey.agents["agent-1"].by_label) == {"1", "2"}
     assert survey.agents["agent-2"].num_examples == 479
     assert survey.central.num_examples == 1437
@@ -77,19 +85,19 @@ def test_a_survey_tells_what_everybody_holds_and_whether_steps_are_counted(bench
     assert sum(survey.test.by_label.values()) == 360
     assert survey.counts_steps
     assert {"python", "torch", "numpy"} <= set(survey.versions)
-    bench = Bench("digits")
+    bench = Bench("digits", Holding())
     bench.task = WholePasses()
-    survey = bench.survey(Survey(task="digits", agents=agents, central=None))
+    survey = bench.survey(Survey(task="digits", test=Holding(), agents=agents, central=None))
     assert not survey.counts_steps
     assert survey.central is None
 
 
 def test_labels_are_told_of_pairs_with_integer_labels_alone():
     inputs = np.zeros((3, 2))
-    assert labels_of((inputs, np.array([2, 0, 2]))) == {"0": 1, "2": 2}
-    assert labels_of((inputs, np.array([0.5, 1.0, 1.0]))) == {}
-    assert labels_of((inputs, np.zeros((3, 1), int))) == {}
-    assert labels_of(inputs) == {}
+    assert label_counts((inputs, np.array([2, 0, 2]))) == {"0": 1, "2": 2}
+    assert label_counts((inputs, np.array([0.5, 1.0, 1.0]))) == {}
+    assert label_counts((inputs, np.zeros((3, 1), int))) == {}
+    assert label_counts(inputs) == {}
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size", "steps"), [(10, 10, 1), (11, 10, 2), (1, 10, 1), (500, 0, 1)])

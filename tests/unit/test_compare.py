@@ -60,7 +60,8 @@ def test_without_a_word_three_agents_hold_a_third_each(tmp_path):
     }
     assert plan.central == Holding()
     assert plan.agents_a_round == 3
-    assert (plan.settings.min_agents, plan.settings.over_select, plan.settings.needed_updates) == (3, 1.0, 3)
+    settings = plan.settings
+    assert (settings.min_agents, settings.start_agents, settings.over_select, settings.needed_updates) == (3, 3, 1.0, 3)
 
 
 def test_the_table_is_read_from_the_file_and_options_win(tmp_path):
@@ -102,6 +103,21 @@ def test_a_table_an_agent_wins_over_what_all_have(tmp_path):
     assert plan.central == Holding(data_dir="all", def_prob=1.0)
 
 
+def test_agents_and_their_data_are_those_of_the_run_where_the_table_says_nothing(tmp_path):
+    config = 'start_agents = 4\ncohort = 2\ndata_dir = "mnist"\ndownload = true\n'
+    plan = plan_of(tmp_path, config=config, partition="contiguous")
+    assert plan.test == plan.central == Holding(data_dir="mnist", download=True)
+    assert plan.holdings["agent-4"] == Holding(data_dir="mnist", download=True, partition="contiguous", index=3, of=4)
+    assert (plan.agents_a_round, plan.settings.min_agents, plan.settings.start_agents) == (2, 2, 4)
+    assert plan_of(tmp_path, data_dir="mine").test == Holding(data_dir="mine")
+
+
+def test_agents_that_are_visited_in_turn_are_one_a_round(tmp_path):
+    plan = plan_of(tmp_path, assignments=["strategy=cyclic"])
+    assert plan.agents_a_round == 1
+    assert plan.federated_settings("fedsgd", 0, 5).strategy == "fedavg"
+
+
 def test_on_a_broker_of_somebody_else_agents_have_other_names(tmp_path):
     assert list(plan_of(tmp_path, broker="mqtt://host", agents=1).holdings) == ["compare-agent-1"]
     assert list(plan_of(tmp_path, broker="embedded", agents=1).holdings) == ["agent-1"]
@@ -120,6 +136,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
+        ('base_model = "mine"', "every arm begins with the task's own first model, leave it out"),
         ("compare = 3", "compare is 3: expected a table, [compare]"),
         (
             "[[compare.agent]]\ncolour = 3",
