@@ -23,9 +23,10 @@ ALLOWED = {
     "midge.wire": ("midge.wire",),
     "midge.transport": ("midge.transport", "midge.wire", "midge.eventqueue", "midge.log"),
     "midge.tasks": ("midge.tasks", "midge.wire"),
+    "midge.settings": ("midge.settings", "midge.wire"),
     "midge": ("midge.wire",),
 }
-"""What each part may import of ours. Files right in midge/ (settings, logs, the queue) serve all others."""
+"""What each part may import of ours. Settings, and files right in midge/ (logs, the queue), serve all others."""
 
 ONCE_PER_PROCESS = ("paho", "sqlalchemy", "prometheus_client", "click")
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
