@@ -202,7 +202,10 @@ def test_a_task_with_neither_accuracy_nor_steps_is_compared_by_its_loss(tmp_path
     [
         (("--arms", "federated,local"), "arm 'local': expected any of federated, centralized"),
         (("--arms", "alone:agent-9"), "arm 'alone:agent-9': no such agent; there are agent-1, agent-2, agent-3"),
-        (("--partition", "shards:0"), "partition 'shards:0': expected iid, contiguous, shards:2, dirichlet:0.3 or quantity:0.5"),
+        (
+            ("--partition", "shards:0"),
+            "partition 'shards:0': expected iid, contiguous, shards:2, dirichlet:0.3 or quantity:0.5",
+        ),
         (("--classes", "1,2", "--classes", "12"), "no example is labelled 12; the labels are 0 to 9"),
         (("--set", "cohort=4"), "cohort is 4: expected at most 3, as many as agents"),
         (("--set", "rounds=0", "--seeds", "0"), "--set rounds: rounds is '0': expected a whole number"),
