@@ -26,6 +26,7 @@ bench: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/aggregate.py
 	PYTHONPATH=. $(BIN)/python benchmarks/round_overhead.py
 	PYTHONPATH=. $(BIN)/python benchmarks/idle_agent.py
+	PYTHONPATH=. $(BIN)/python benchmarks/accuracy.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Midge needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. Try: make PYTHON=python3.12")'

@@ -7,14 +7,19 @@
 decides the numbers is what runs in the field: the task's own training, evaluation and partitions, the frames, the spool, the
 strategies and the aggregation. Only the broker and the processes of agents are left out: over MQTT the same would take hours.
 
-The reference is three seeds of another implementation. Ours passes a check where our mean over the seeds differs from the
-reference by no more than the tolerance
+The reference is three seeds of another implementation. A number of ours passes where its mean over n seeds differs from the
+reference, in points, by no more than
 
-    2 * sqrt((s1^2 + s2^2) / 3) + 0.3
+    t * sqrt(s1^2 / n + s2^2 / 3) + 0.3
 
-in points: two standard errors of the difference of two means of three runs each, whose standard deviations are ours and theirs,
-and one test image of 360, by which a score may jump. Where no spread is given with the reference, ours stands for it. Rounds to
-90 % pass where our mean lies in the reference's range, widened by two rounds. Exit status: 0 all pass, 1 some do not.
+which is the 95 % interval of a difference of two means (Student's t with n + 1 degrees of freedom: 2.78 for three seeds; s1 and
+s2 are the standard deviations of our runs and of theirs), and one test image of 360, by which a score may jump. Where no spread
+is given with the reference, ours stands for it. Rounds to 90 % pass where our mean lies in the reference's range, widened by
+two rounds. Exit status: 0 all pass, 1 some do not.
+
+Shards are two labels an agent in the reference. Dealt at random, as in the field, an agent gets two shards of one label in
+about four deals of ten, which costs the whole federation about a point: over twelve deals, accuracy in rounds 91 to 100 (E=1)
+was 94.2 with a standard deviation of 1.1. Here, a deal in which some agent has fewer than two labels is dealt again.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from coordinator.aggregate import CountedUpdate, aggregate
@@ -54,6 +60,7 @@ GOAL = 0.9
 _FEW = 20
 _ONE_IMAGE = 100 / 360
 _MORE_ROUNDS = 2
+_REFERENCE_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Row:
         last_ten: mean of the last ten of 100 rounds.
         to_goal: least and most rounds to 90 %.
         cohort: agents drawn a round.
+        momentum: of the server.
     """
 
     name: str
@@ -84,14 +92,18 @@ class Row:
     last_ten: Figure | None = None
     to_goal: tuple[int, int] | None = None
     cohort: int = NUM_AGENTS
+    momentum: float = 0.0
     rounds: int = 100
 
 
 ROWS = (
     Row("IID, E=1", "iid", 1, ((10, Figure(90.6)), (50, Figure(96.0))), Figure(96.9, 0.1), (8, 11)),
     Row("IID, E=5", "iid", 5, ((10, Figure(96.2)), (50, Figure(97.4))), Figure(97.4, 0.1), (3, 3)),
-    Row("2-label shards, E=1", "shards:2", 1, ((10, Figure(77.6)), (50, Figure(93.6))), Figure(95.6, 0.3), (24, 33)),
-    Row("2-label shards, E=5", "shards:2", 5, ((10, Figure(84.4)), (50, Figure(94.4))), Figure(95.4, 0.6), (17, 23)),
+    Row("shards, E=1", "shards:2", 1, ((10, Figure(77.6)), (50, Figure(93.6))), Figure(95.6, 0.3), (24, 33)),
+    Row("shards, E=5", "shards:2", 5, ((10, Figure(84.4)), (50, Figure(94.4))), Figure(95.4, 0.6), (17, 23)),
+    Row("shards, E=1, momentum 0.9", "shards:2", 1, ((60, Figure(96.4)),), momentum=0.9, rounds=60),
+    Row("shards, E=1, 5 of 10", "shards:2", 1, ((60, Figure(90.0)),), cohort=5, rounds=60),
+    Row("IID, E=1, 5 of 10", "iid", 1, ((60, Figure(96.1)),), cohort=5, rounds=60),
     Row("centralised, 50 epochs", "", 1, ((50, Figure(97.2, 0.5)),), rounds=50),
 )
 
@@ -103,9 +115,9 @@ def federate(row: Row, seed: int, directory: Path) -> list[float]:
     data = dict(zip(agents, deal(task, row.partition, seed), strict=True))
     models = ModelStore(directory / "models")
     state = task.initial_state(seed)
-    layout, strategy = layout_of(state), make_strategy("fedavg")
-    framing = plan_framing(layout.num_elements)
-    digest = models.save_state(state)
+    framing = plan_framing(layout_of(state).num_elements)
+    strategy = make_strategy("fedavgm", {"momentum": row.momentum}) if row.momentum else make_strategy("fedavg")
+    digest, server_state = models.save_state(state), None
     accuracies = []
     for round_num in range(1, row.rounds + 1):
         spool = RoundSpool(directory / f"{round_num}.spool")
@@ -114,11 +126,14 @@ def federate(row: Row, seed: int, directory: Path) -> list[float]:
             trained = task.train(state, data[agent_id], _spec(row, seed, round_num, agent_id), _nothing)
             counted.append(_store(spool, framing, round_num, agent_id, trained.state, trained.num_examples))
         with models.open(digest) as base:
-            made = aggregate(base, spool, counted, strategy, framing, models)
+            made = aggregate(
+                base, spool, counted, strategy, framing, models, round_num=round_num, server_state=server_state
+            )
         spool.close()
         spool.path.unlink()
-        models.delete(digest)
-        digest = made.digest
+        for outlived in {digest, server_state} - {made.digest, made.server_state, None}:
+            models.delete(outlived)
+        digest, server_state = made.digest, made.server_state
         with models.open(digest) as model:
             state = {name: array.copy() for name, array in model.state().items()}
         accuracies.append(task.evaluate(state, task.test_data()).metrics["accuracy"])
@@ -221,7 +236,8 @@ def _check(row: Row, what: str, reference: Figure, shares: list[float]) -> Check
     mean = statistics.fmean(points)
     ours = statistics.stdev(points) if len(points) > 1 else 0.0
     theirs = ours if reference.spread is None else reference.spread
-    tolerance = 2 * math.sqrt(ours**2 / len(points) + theirs**2 / 3) + _ONE_IMAGE
+    t = float(student_t.ppf(0.975, len(points) + _REFERENCE_SEEDS - 2))
+    tolerance = t * math.sqrt(ours**2 / len(points) + theirs**2 / _REFERENCE_SEEDS) + _ONE_IMAGE
     known = f"{reference.mean:.1f}" + ("" if reference.spread is None else f" ± {reference.spread:.1f}")
     shown = f"{mean:.1f} ± {ours:.1f}"
     return Check(
@@ -252,12 +268,12 @@ def main() -> None:
         pending = {(row, seed): pool.submit(run, row, seed) for row in rows for seed in range(options.seeds)}
         done = {key: future.result() for key, future in pending.items()}
     num_missed = 0
-    print(f"{'':24}{'':16}{'reference':>12}   ours, {options.seeds} seeds")
+    print(f"{'':28}{'':16}{'reference':>12}   ours, {options.seeds} seeds")
     for row in rows:
         for number, check in enumerate(checks_of(row, [done[row, seed] for seed in range(options.seeds)])):
             verdict = "" if check.passes else "   NOT as the reference"
             num_missed += not check.passes
-            print(f"{row.name if number == 0 else '':24}{check.what:16}{check.reference:>12}   {check.ours}{verdict}")
+            print(f"{row.name if number == 0 else '':28}{check.what:16}{check.reference:>12}   {check.ours}{verdict}")
     print(f"{num_missed} of the numbers differ; {time.monotonic() - began:.0f} s in {options.processes} processes")
     if options.json:
         found = [{"row": row.name, "seed": seed, "accuracy": one} for (row, seed), one in done.items()]
