@@ -370,7 +370,11 @@ def _label_lists(context: click.Context, parameter: click.Parameter, values: tup
 @click.option("--arms", metavar="A,B", help="federated, centralized, alone, alone:agent-2, local-average, fedsgd.")
 @click.option("--seeds", type=int, metavar="N", help="How often, each time with the next seed [default: 3].")
 @click.option("--agents", type=int, metavar="N", help="Agent processes [default: 3].")
-@click.option("--partition", metavar="P", help="How the data are dealt: iid, shards:2, dirichlet:0.3 [default: iid].")
+@click.option(
+    "--partition",
+    metavar="P",
+    help="How the data are dealt: iid, contiguous, shards:2, dirichlet:0.3, quantity:0.5 [default: iid].",
+)
 @click.option("--classes", multiple=True, metavar="1,2,3", callback=_label_lists, help="Labels, once for each agent.")
 @click.option("--sel-prob", type=float, metavar="P", help="Share of the examples of its labels that an agent has.")
 @click.option("--def-prob", type=float, metavar="P", help="Share of the examples of other labels.")

@@ -34,13 +34,13 @@ def counted_steps(num_examples: Mapping[str, int], local_epochs: int, batch_size
     return sum(local_epochs * steps_of(one, batch_size) for one in num_examples.values())
 
 
-def expected_steps(steps: Mapping[str, int], rounds: int, cohort: int) -> tuple[int, ...]:
-    """The steps of each round where `cohort` of the agents are drawn (0: all), on average over the draws.
+def expected_steps(steps: Mapping[str, int], rounds: int, agents_a_round: int) -> tuple[int, ...]:
+    """The steps of each round where so many of the agents are drawn, on average over the draws.
 
     Fractions are carried over, so that they add up.
     """
-    total, drawn, num_agents = sum(steps.values()), cohort or len(steps), len(steps)
-    ends = [total * drawn * number // num_agents for number in range(rounds + 1)]
+    total, num_agents = sum(steps.values()), len(steps)
+    ends = [total * agents_a_round * number // num_agents for number in range(rounds + 1)]
     return tuple(end - start for start, end in itertools.pairwise(ends))
 
 

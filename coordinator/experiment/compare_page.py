@@ -11,7 +11,7 @@ from coordinator.experiment.compare_curves import curves, legend
 from coordinator.experiment.compare_plan import CENTRALIZED, FEDERATED, FEDSGD
 from coordinator.experiment.compare_style import styles_of
 from coordinator.experiment.compare_summary import Comparison, Stat, headline, shown
-from coordinator.experiment.compare_tables import steps_of_arm
+from coordinator.experiment.compare_tables import is_short, steps_of_arm
 from coordinator.experiment.scores import Held
 
 _HEAT = "11, 110, 153"
@@ -200,7 +200,7 @@ def _budget(comparison: Comparison) -> str:
         )
     fedsgd = next((arm for arm in comparison.arms if arm.arm == FEDSGD), None)
     if fedsgd is not None:
-        bound = "" if fedsgd.num_steps >= fedsgd.budget * 0.995 else ", if it were not bounded by fedsgd_rounds"
+        bound = ", if it were not bounded by fedsgd_rounds" if is_short(fedsgd) else ""
         lines.append(
             "FedSGD: one step an agent and round, over all examples of the agent; as many rounds as make the same number of "
             f"steps{bound}. It made {fedsgd.rounds:,} rounds and {fedsgd.num_steps:,.0f} of {fedsgd.budget:,} steps. Each of "

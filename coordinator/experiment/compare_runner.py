@@ -72,7 +72,7 @@ class Runner:
         )
         self._survey = survey
         self._steps = budget.steps_a_round(survey.agents, settings.local_epochs, settings.batch_size)
-        expected = budget.expected_steps(self._steps, settings.rounds, settings.cohort)
+        expected = budget.expected_steps(self._steps, settings.rounds, plan.agents_a_round)
         self._fedsgd_rounds = budget.fedsgd_rounds(expected, plan.agents_a_round, plan.compare.fedsgd_rounds)
         self._watcher.surveyed(survey, {FEDSGD: self._fedsgd_rounds})
         results: list[UnitResult] = []

@@ -128,7 +128,7 @@ def summarize(plan: ComparePlan, survey: Surveyed, results: Sequence[UnitResult]
     by_unit = {result.unit: result for result in results}
     has_accuracy = all(result.tested.score.accuracy is not None for result in results)
     steps = steps_a_round(survey.agents, settings.local_epochs, settings.batch_size)
-    budget = sum(expected_steps(steps, settings.rounds, settings.cohort))
+    budget = sum(expected_steps(steps, settings.rounds, plan.agents_a_round))
     metric = "accuracy" if has_accuracy else "loss"
 
     def alone(agent_id: str) -> Stat | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from coordinator.experiment.compare_plan import FEDSGD
 from coordinator.experiment.compare_store import UnitResult, write_whole
 from coordinator.experiment.compare_summary import ArmSummary, Comparison, shown
 
@@ -42,9 +43,14 @@ def table(comparison: Comparison) -> Table:
 
 
 def steps_of_arm(arm: ArmSummary) -> str:
-    """Such as `2,880`, or `1,500 of 2,880`."""
+    """Such as `2,880`, or for FedSGD, which has a bound, `1,500 of 2,880`."""
     made = f"{arm.num_steps:,.0f}"
-    return made if round(arm.num_steps) >= arm.budget * 0.995 else f"{made} of {arm.budget:,}"
+    return f"{made} of {arm.budget:,}" if arm.arm == FEDSGD and is_short(arm) else made
+
+
+def is_short(arm: ArmSummary) -> bool:
+    """Whether it made fewer steps than the budget has, by more than what does not make up a round."""
+    return arm.num_steps < arm.budget * 0.99
 
 
 def write_csv(out: Path, comparison: Comparison, results: Sequence[UnitResult]) -> None:

@@ -202,8 +202,8 @@ def test_steps_are_batches_times_passes():
 
 def test_expected_steps_add_up_to_the_mean_over_draws():
     steps = {"agent-1": 2, "agent-2": 4, "agent-3": 1}
-    assert expected_steps(steps, rounds=3, cohort=0) == (7, 7, 7)
-    assert expected_steps(steps, rounds=3, cohort=2) == (4, 5, 5)  # 14/3 a round: 4.67, 9.33, 14
+    assert expected_steps(steps, rounds=3, agents_a_round=3) == (7, 7, 7)
+    assert expected_steps(steps, rounds=3, agents_a_round=2) == (4, 5, 5)  # 14/3 a round: 4.67, 9.33, 14
 
 
 def test_fedsgd_has_as_many_rounds_as_steps_but_for_its_bound():
@@ -488,7 +488,9 @@ def test_the_csv_files_hold_every_unit(tmp_path):
 
 def test_the_table_fits_into_eighty_columns(tmp_path):
     comparison, _ = comparison_of(tmp_path)
-    longest = msgspec.structs.replace(comparison.arms[1], num_steps=125_000, budget=158_000, rounds=500, seconds=1234.5)
+    longest = msgspec.structs.replace(
+        comparison.arms[-1], num_steps=125_000, budget=158_000, rounds=500, seconds=1234.5
+    )
     comparison = msgspec.structs.replace(comparison, arms=[*comparison.arms, longest])
     console = Console(width=80, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115  closed with the console
     console.print(table(comparison))
