@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 
-from coordinator.experiment.compare_style import styles_of, ticks
+from coordinator.experiment.compare_style import is_logarithmic, styles_of, ticks
 from coordinator.experiment.compare_summary import Comparison, Stat
 
 _WIDTH, _HEIGHT = 760, 380
@@ -21,7 +22,7 @@ def curves(comparison: Comparison, metric: str) -> str:
     if not means:
         return ""
     low, high = _limits(means, metric)
-    plot = _Plot(max(comparison.rounds, 1), low, high)
+    plot = _Plot(max(comparison.rounds, 1), low, high, is_log=is_logarithmic(metric, means))
     styles = styles_of([arm.arm for arm in comparison.arms])
     body = [plot.axes(metric)]
     ordered = [arm.arm for arm in reversed(comparison.arms)]  # the first one asked for is drawn on top
@@ -59,8 +60,11 @@ def legend(comparison: Comparison) -> str:
 class _Plot:
     """From numbers to places."""
 
-    def __init__(self, rounds: int, low: float, high: float) -> None:
-        self._rounds, self._low, self._high = rounds, low, high
+    def __init__(self, rounds: int, low: float, high: float, *, is_log: bool) -> None:
+        self._rounds = rounds
+        self._is_log = is_log
+        self._low = float(math.floor(math.log10(low))) if is_log else low
+        self._high = math.log10(high) if is_log else high
 
     def line(self, points: list[Point]) -> str:
         return " ".join(self._place(position, mean) for position, mean, _ in points)
@@ -73,7 +77,10 @@ class _Plot:
     def axes(self, metric: str) -> str:
         parts = []
         right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-        for value in ticks(self._low, self._high):
+        for height in ticks(self._low, self._high):
+            if self._is_log and height != round(height):
+                continue
+            value = 10.0**height if self._is_log else height
             y = self._y(value)
             text = f"{value:.0%}" if metric == "accuracy" else f"{value:g}"
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -96,6 +103,8 @@ class _Plot:
         return _LEFT + min(position / self._rounds, 1.0) * (_WIDTH - _LEFT - _RIGHT)
 
     def _y(self, value: float) -> float:
+        if self._is_log:
+            value = math.log10(value) if value > 0 else self._low
         share = (min(max(value, self._low), self._high) - self._low) / (self._high - self._low)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
@@ -112,4 +121,5 @@ def _limits(means: list[float], metric: str) -> tuple[float, float]:
     if metric == "accuracy":
         low = max(0.0, min(means) - 0.05)
         return (0.0 if low < 0.25 else low), 1.0
-    return min(0.0, *means), max(means) * 1.05 or 1.0
+    low = min(means) if is_logarithmic(metric, means) else min(0.0, *means)
+    return low, max(means) * 1.05 or 1.0

@@ -82,14 +82,8 @@ def _arms(comparison: Comparison) -> str:
     for place, arm in enumerate(comparison.arms):
         name = f'<span class="dot arm{place}"></span>{escape(arm.label)}'
         scores = [f"<b>{shown(arm.accuracy, 'accuracy')}</b>"] if is_accuracy else []
-        cells = [
-            *scores,
-            shown(arm.loss, "loss"),
-            f"{arm.rounds:,}",
-            steps_of_arm(arm),
-            arm.batch,
-            f"{arm.seconds:.1f}",
-        ]
+        cells = [*scores, shown(arm.loss, "loss"), f"{arm.rounds:,}", steps_of_arm(arm), arm.batch]
+        cells += [f"{arm.passes:,.0f}", f"{arm.seconds:.1f}"]
         rows.append((name, cells))
     caption = (
         f"The last model of each, on the same test data, of {comparison.test.num_examples:,} examples. "

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from coordinator.experiment.compare_style import styles_of
+from coordinator.experiment.compare_style import is_logarithmic, styles_of
 from coordinator.experiment.compare_summary import Comparison, shown
 
 _INK, _FAINT = "#222222", "#e6e6e6"
@@ -29,10 +29,12 @@ def _draw_curves(comparison: Comparison, path: Path) -> None:
     figure, axes = _figure(10, 5)
     is_accuracy = comparison.metric == "accuracy"
     styles = styles_of([arm.arm for arm in comparison.arms])
+    every: list[float] = []
     for depth, arm in enumerate(comparison.arms):
         found = [(one.position, one.accuracy if is_accuracy else one.loss) for one in arm.by_round]
         known = [(position, one.mean, one.spread or 0.0) for position, one in found if one is not None]
         places, means, spreads = (np.array(column) for column in zip(*known, strict=True))
+        every += [mean for _, mean, _ in known]
         style = styles[arm.arm]
         zorder = 10 - depth
         axes.fill_between(places, means - spreads, means + spreads, color=style.light, alpha=0.15, lw=0, zorder=zorder)
@@ -47,6 +49,9 @@ def _draw_curves(comparison: Comparison, path: Path) -> None:
     if is_accuracy:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(top=1.0)
+    elif is_logarithmic("loss", every):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(every) / 1.5)
     axes.set_xlim(0, comparison.rounds)
     axes.legend(loc="best", fontsize=10, facecolor="white", edgecolor="none", framealpha=0.9)
     axes.grid(axis="y", color=_FAINT)

@@ -43,3 +43,8 @@ def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
     step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def is_logarithmic(metric: str, values: Sequence[float]) -> bool:
+    """Whether an axis should be: a loss that falls far would else be a line at the bottom."""
+    return metric == "loss" and bool(values) and min(values) > 0 and max(values) > 20 * min(values)

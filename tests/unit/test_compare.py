@@ -19,7 +19,7 @@ from coordinator.experiment.compare_plan import CompareSettings, load_plan
 from coordinator.experiment.compare_runner import units_of
 from coordinator.experiment.compare_screen import LiveScreen, PlainScreen
 from coordinator.experiment.compare_store import CompareStore, Unit, UnitResult
-from coordinator.experiment.compare_style import ticks
+from coordinator.experiment.compare_style import is_logarithmic, ticks
 from coordinator.experiment.compare_summary import Stat, headline, shown, stat, summarize
 from coordinator.experiment.compare_tables import table, write_csv
 from coordinator.experiment.federation import ExperimentError
@@ -399,10 +399,16 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.open, self.tags, self.attributes, self.text, self.widths = [], [], [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        if tag == "table":
+            self.widths.append([])
+        elif tag == "tr":
+            self.widths[-1].append(0)
+        elif tag in ("td", "th"):
+            self.widths[-1][-1] += 1
         self.attributes += [(tag, name, value) for name, value in attributes]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -421,6 +427,8 @@ def read(text: str) -> Reader:
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
+    assert reader.widths
+    assert all(len(set(rows)) == 1 for rows in reader.widths), f"rows of a table differ in cells: {reader.widths}"
     return reader
 
 
@@ -534,6 +542,14 @@ def test_screens_tell_what_is_done_and_what_is_under_way(tmp_path):
 )
 def test_ticks_are_round_numbers(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis():
+    assert is_logarithmic("loss", [10.0, 0.4])
+    assert not is_logarithmic("loss", [10.0, 0.6])
+    assert not is_logarithmic("loss", [10.0, 0.0])
+    assert not is_logarithmic("accuracy", [0.9, 0.001])
+    assert not is_logarithmic("loss", [])
 
 
 def test_the_page_of_the_docs_lists_the_table():
