@@ -20,7 +20,7 @@ from coordinator import base_models
 from coordinator.base_models import BaseModelError
 from coordinator.client import AwayError, RefusedError, Running
 from coordinator.config import Settings, load_settings
-from coordinator.display import Display
+from coordinator.display import Above, Display
 from coordinator.driver import SupersededError
 from coordinator.exports import ExportError, choose_agent, choose_version, find_run
 from coordinator.http import HttpError
@@ -48,7 +48,8 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
         return 2
     settings, address = loaded
     show = sys.stderr.isatty() and not as_json
-    log.setup(settings.log_format, "warning" if show and settings.log_level == "info" else settings.log_level)
+    level = "warning" if show and settings.log_level == "info" else settings.log_level
+    log.setup(settings.log_format, level, Above(_errors) if show else None)
     try:
         service = Service(settings, address)
         word = service.begin_run()

@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Self
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,26 @@ _STYLES = {
 # "fetching" is what the coordinator takes an agent for that has accepted and said no more: it may be training already.
 _WORDS = {"accepted": "done", "fetching": "at work", "idle": "waiting"}
 _WORD_WIDTH = 9
+
+
+class Above:
+    """A stream for the log while a live view is drawn: its lines go above the view, whole.
+
+    Args:
+        console: the view's.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str) -> int:
+        """Print what a log handler says."""
+        if text.strip("\n"):
+            self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 class Display:
@@ -105,27 +126,42 @@ def render(board: Board, title: str = "", captions: Mapping[str, str] | None = N
     return Group(*parts)
 
 
-def performance(board: Board) -> RenderableType:
+class Performance:
     """How the model does by round: on the test data, over all agents, and on each agent's own data.
 
-    A column is a version. Agents score version r - 1 in round r, before they train from it; their training loss is of round r.
-    Empty where no agent has reported.
+    A column is a version: as many of the latest as there is room for. Agents score version r - 1 in round r, before they train
+    from it; their training loss is of round r. Empty where no agent has reported.
     """
-    if not board.agent_rounds:
-        return ""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The widest table that fits."""
+        if not self._board.agent_rounds:
+            return
+        unbounded = options.update(max_width=10_000)
+        for num_columns in range(_NUM_COLUMNS, 0, -1):
+            table = _performance_table(self._board, num_columns)
+            if num_columns == 1 or Measurement.get(console, unbounded, table).maximum <= options.max_width:
+                yield table
+                return
+
+
+def _performance_table(board: Board, num_columns: int) -> Table:
     by_agent = {
         agent_id: {number - 1: one.evaluation for number, one in rounds.items() if one.evaluation is not None}
         for agent_id, rounds in board.agent_rounds.items()
     }
     scores = [score for versions in by_agent.values() for score in versions.values()]
     metric = "accuracy" if scores and all("accuracy" in score.metrics for score in scores) else "loss"
-    versions = sorted(set(board.history) | {number for each in by_agent.values() for number in each})[-_NUM_COLUMNS:]
+    versions = sorted(set(board.history) | {number for each in by_agent.values() for number in each})[-num_columns:]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
     table.title = f"{metric} of the global model after round"
-    table.add_column("on the data of")
+    table.add_column("on the data of", no_wrap=True)
     for number in versions:
-        table.add_column(str(number), justify="right")
-    table.add_column("training loss", justify="right")
+        table.add_column(str(number), justify="right", no_wrap=True)
+    table.add_column("training loss", justify="right", no_wrap=True)
     for name, source in (("the test set", "central"), ("all agents", "federated")):
         globals_ = {number: getattr(board.history[number], source) for number in versions if number in board.history}
         if any(globals_.values()):

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from coordinator.board import Board, RoundView, from_snapshot
 from coordinator.client import AwayError, RefusedError, Running
-from coordinator.display import FRAMES_PER_SECOND, performance, render
+from coordinator.display import FRAMES_PER_SECOND, Performance, render
 from coordinator.run import RunState
 from coordinator.store import Store, StoreError
 
@@ -43,7 +43,7 @@ def watch(state_dir: Path, url: str | None, *, once: bool, as_json: bool) -> int
 def view(board: Board) -> RenderableType:
     """All that a person wants to see of a board."""
     title = f"{board.run_id or 'no run'}  {board.task}  {board.broker}"
-    return Group(render(board, title), performance(board))
+    return Group(render(board, title), Performance(board))
 
 
 class _Watcher:

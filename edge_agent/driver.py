@@ -25,7 +25,7 @@ from midge.transport.base import (
     Transport,
     TransportEvent,
 )
-from midge.wire.errors import WireError
+from midge.wire.errors import TopicError, WireError
 from midge.wire.frames import ELEMENT_BYTES, FLOAT32, decode_frame
 from midge.wire.messages import (
     CoordinatorStatus,
@@ -93,7 +93,9 @@ class Driver:
                     self._on_message(event, now)
                 except WireError as error:
                     self.num_invalid += 1
-                    log_event(_log, logging.WARNING, "message refused", topic=event.topic, error=error)
+                    # Topics of others come where our session at the broker is older than our federation: no news for anybody.
+                    level = logging.DEBUG if isinstance(error, TopicError) else logging.WARNING
+                    log_event(_log, level, "message refused", topic=event.topic, error=error)
             case Connected(version, packet_limit_bytes):
                 self._packet_limit_bytes = packet_limit_bytes or 0
                 self._watched = ""

@@ -98,7 +98,7 @@ class Journal:
         except BlockingIOError:
             os.close(self._lock_fd)
             raise JournalInUseError(
-                f"{path}: another agent is running in it; give each agent its own --state-dir"
+                f"{path}: an agent with this id is running in it already; give this one another --agent-id"
             ) from None
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}; choose a writable --state-dir") from None

@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol
 
 MAX_VALUE_LENGTH = 2000
 """Characters of a field that are logged; a traceback is not cut."""
@@ -33,10 +33,20 @@ _LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
 _PLAIN_EXCLUDES = frozenset(" \"'=\\")
 
 
+class Stream(Protocol):
+    """What lines are written to."""
+
+    def write(self, text: str, /) -> object:
+        """Take a part of a line, or several."""
+
+    def flush(self) -> None:
+        """Keep nothing back."""
+
+
 def setup(
     format: Literal["human", "json"] = "human",  # noqa: A002 - as the setting log_format calls it
     level: Literal["debug", "info", "warning", "error"] = "info",
-    stream: TextIO | None = None,
+    stream: Stream | None = None,
 ) -> None:
     """Send every event of this process to `stream` (standard error), and none anywhere else. May be called again.
 

@@ -323,7 +323,10 @@ class NetworkThread(ABC):
         self._num_short_lived += 1
         if self._num_short_lived < NUM_SHORT_LIVED or failure.kind is not Kind.LOST:
             return failure
-        hint = f"{self._num_short_lived} times soon after connecting: is our client id in use by another connection?"
+        hint = (
+            f"{self._num_short_lived} times soon after connecting: is our client id, an agent's id, in use by another "
+            "connection to this broker?"
+        )
         return Failure(failure.kind, f"{failure.reason}, {hint}")
 
     def _go_offline(self) -> bool:

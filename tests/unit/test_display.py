@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from coordinator.board import AgentView, Board, Shared
-from coordinator.display import Display, performance, render, sparkline
+from coordinator.display import Above, Display, Performance, render, sparkline
 from coordinator.run_events import AcceptedUpdate
+from midge import log
 from midge.wire.messages import Evaluation
 
 
@@ -184,7 +186,7 @@ def reported(made: Board, agent_id: str, round_num: int, accuracy: float | None 
 def rows(made: Board, columns: int = 100) -> dict[str, list[str]]:
     """The cells of the table by the first one."""
     file = io.StringIO()
-    Console(file=file, width=columns, force_terminal=False, color_system=None).print(performance(made))
+    Console(file=file, width=columns, force_terminal=False, color_system=None).print(Performance(made))
     lines = [line for line in file.getvalue().splitlines() if line.strip() and "─" not in line]
     assert all(len(line) <= columns for line in lines)
     split = [[cell for cell in line.strip().split("  ") if cell] for line in lines]
@@ -192,7 +194,27 @@ def rows(made: Board, columns: int = 100) -> dict[str, list[str]]:
 
 
 def test_before_an_agent_has_reported_there_is_no_table():
-    assert performance(board()) == ""
+    assert rows(board()) == {}
+
+
+def test_a_narrow_terminal_shows_fewer_rounds_and_no_name_cut_short():
+    made = committed(board(rounds=30), *[1.0] * 12)
+    for number in range(1, 12):
+        reported(made, "demo-agent-1", number, 0.5)
+    wide, narrow = rows(made, columns=120), rows(made, columns=60)
+    assert len(narrow["demo-agent-1"]) < len(wide["demo-agent-1"])
+    assert narrow["demo-agent-1"][-1] == "0.1250"
+    assert narrow["on the data of"][-1] == "training loss"
+
+
+def test_a_log_line_longer_than_the_terminal_comes_whole_above_a_live_view():
+    file = io.StringIO()
+    console = Console(file=file, width=40, force_terminal=True, color_system=None)
+    line = "13:11:40 WARN  evaluation failed  " + "reason " * 20
+    with Display(Shared(board()), console, "Midge"):
+        log.setup(stream=Above(console))
+        logging.getLogger("coordinator").warning(line)
+    assert line.strip() in file.getvalue()
 
 
 def test_each_agents_scores_stand_under_the_version_that_they_are_of():

@@ -280,7 +280,9 @@ def test_a_frame_that_does_not_fit_its_place_is_refused_and_changes_nothing(jour
 
 def test_two_agents_cannot_share_a_directory_and_one_can_follow_the_other(tmp_path):
     first = Journal(tmp_path / "agent")
-    with pytest.raises(JournalError, match="another agent is running in it; give each agent its own --state-dir"):
+    with pytest.raises(
+        JournalError, match="an agent with this id is running in it already; give this one another --agent-id"
+    ):
         Journal(tmp_path / "agent")
     first.close()
     Journal(tmp_path / "agent").close()

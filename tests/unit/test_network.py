@@ -242,7 +242,7 @@ def test_the_third_connection_in_a_row_that_does_not_last_gets_a_hint(play):
         assert thread.next() == Connected("5", None)
         link.far.send(b"lost")
         reasons.append(thread.next().reason)
-    hint = "lost, 3 times soon after connecting: is our client id in use by another connection?"
+    hint = "lost, 3 times soon after connecting: is our client id, an agent's id, in use by another connection to this broker?"
     assert reasons == ["lost", "lost", hint]
 
 
