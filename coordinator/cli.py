@@ -326,6 +326,53 @@ def new(name: str, directory: Path | None) -> None:
     sys.exit(project.create(name, directory))
 
 
+_STATE_DIR = click.argument(
+    "state_dir", default="midge-state", metavar="[STATE_DIR]", envvar="MIDGE_STATE_DIR", type=click.Path(path_type=Path)
+)
+
+
+@main.command()
+@_STATE_DIR
+@click.option("--repair", is_flag=True, help="Remove what nobody needs; no coordinator may be running.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(state_dir: Path, repair: bool, as_json: bool) -> None:
+    """Check every digest and invariant of a state directory [default: midge-state]; a coordinator may be running in it.
+
+    Exits with 0 where nothing is damaged, 1 where something is, 2 where there is nothing to check.
+
+    \b
+    Examples:
+      coordinator verify midge-state
+      coordinator verify /var/lib/midge --json
+    """
+    from coordinator import upkeep  # noqa: PLC0415
+
+    sys.exit(upkeep.verify(state_dir, as_json=as_json, repair=repair))
+
+
+@main.command()
+@_STATE_DIR
+@click.option(
+    "--to",
+    required=True,
+    metavar="DIR|TAR",
+    type=click.Path(path_type=Path),
+    help="New directory, .tar, .tar.gz or .tgz.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def backup(state_dir: Path, to: Path, as_json: bool) -> None:
+    """Copy a state directory [default: midge-state] while a coordinator works in it; its round is not held up.
+
+    \b
+    Examples:
+      coordinator backup midge-state --to /backup/midge-monday
+      coordinator backup /var/lib/midge --to /backup/midge-monday.tar.gz
+    """
+    from coordinator import upkeep  # noqa: PLC0415
+
+    sys.exit(upkeep.backup(state_dir, to, as_json=as_json))
+
+
 @main.command()
 @click.option("--rounds", type=click.IntRange(1, 1000), default=30, show_default=True, help="Rounds of the federation.")
 @click.option(

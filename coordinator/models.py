@@ -33,7 +33,16 @@ from midge.tasks.flatten import check_counters, layout_of, state_to_vector, vect
 from midge.wire.frames import ELEMENT_BYTES
 from midge.wire.layout import Layout, model_hash
 
-__all__ = ["ModelError", "ModelFile", "ModelStore", "ModelWriter", "export", "write_export"]
+__all__ = [
+    "ModelError",
+    "ModelFile",
+    "ModelStore",
+    "ModelWriter",
+    "export",
+    "is_abandoned",
+    "verify_file",
+    "write_export",
+]
 
 _CHUNK_ELEMENTS = 256 * 1024
 _FLOAT32_LE = np.dtype("<f4")
@@ -273,6 +282,23 @@ def write_export(model: ModelFile, fd: int) -> None:
     _export_tensors(model, lambda body, name, done: write_at(fd, body, plan.offsets[name] + done))
 
 
+def verify_file(path: Path, digest: str) -> Layout:
+    """Read a whole model file and check that it is the model of this digest, and finite. Changes nothing.
+
+    Raises:
+        ModelError: it is not; the message says what is wrong with it.
+        OSError: it cannot be read.
+    """
+    with ModelFile(path, digest) as model, path.open("rb") as file:
+        seen = _digest(file.fileno(), model._plan, model.layout, model.counters)  # noqa: SLF001
+        if seen != digest:
+            raise ModelError(f"its bytes have digest {seen[:12]}...: it was changed")
+        for start in range(0, model.layout.num_elements, _CHUNK_ELEMENTS):
+            if not np.isfinite(model.elements[start : start + _CHUNK_ELEMENTS]).all():
+                raise ModelError(f"elements {start} to {start + _CHUNK_ELEMENTS} are not all finite")
+        return model.layout
+
+
 def _export_tensors(model: ModelFile, write: Callable[[bytes, str, int], None]) -> None:
     for spec, start, stop in model.layout.floats():
         done = 0
@@ -310,6 +336,16 @@ def _open_temporary(directory: Path) -> tuple[Path, int]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     fcntl.flock(fd, fcntl.LOCK_EX)
     return path, fd
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody writes this unfinished file any more; false where it is gone."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_leftovers(directory: Path) -> None:

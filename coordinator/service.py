@@ -6,7 +6,6 @@ With nothing to do it turns once a second, so that `/healthz` can tell that it l
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import logging
@@ -39,6 +38,7 @@ from coordinator.round import RoundConfig
 from coordinator.run import FINAL, Run, RunState, Version
 from coordinator.run_config import RunConfig
 from coordinator.spool import Spool
+from coordinator.state_dir import InUseError, lock
 from coordinator.store import Store, StoreError
 from coordinator.strategies import Strategy
 from coordinator.trackers import make_trackers
@@ -529,12 +529,7 @@ def _run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfi
 
 
 def _lock(state_dir: Path) -> int:
-    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise StoreError(
-            f"{state_dir}: another coordinator is running in it; stop it, or give this one its own state_dir"
-        ) from None
-    return fd
+        return lock(state_dir)
+    except InUseError as error:
+        raise StoreError(f"{error}; stop it, or give this one its own state_dir") from None

@@ -18,8 +18,9 @@ Tables
 from __future__ import annotations
 
 import secrets
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ _MIGRATIONS = {1: "ALTER TABLE versions ADD COLUMN server_state VARCHAR"}
 DATABASE = "midge.db"
 KEPT_ROUNDS = 100
 """Accepted updates are remembered for this many rounds; versions for ever."""
+
+_COPIED = "copied_at"
+_COPY_JUMP = 10_000
+"""How many starts of the original a copy may be old. A coordinator's first epoch in it lies this far above, or up to twice."""
 
 _metadata = sa.MetaData()
 _meta = sa.Table("meta", _metadata, sa.Column("key", sa.String, primary_key=True), sa.Column("value", sa.String))
@@ -170,6 +175,7 @@ class Store:
     def __init__(self, state_dir: Path, *, read_only: bool = False) -> None:
         self.path = state_dir / DATABASE
         self._lacking: tuple[str, ...] = ()
+        self._seen_by: sa.Connection | None = None
         if read_only and not self.path.exists():
             raise StoreError(f"{state_dir} holds no {DATABASE}: no coordinator has run there; check --state-dir")
         if not read_only:
@@ -199,10 +205,16 @@ class Store:
     # Writing. What cannot be written raises `StoreWriteError`, and changes nothing.
 
     def raise_epoch(self, above: int = 0) -> int:
-        """Raise the epoch to one more than it was, and more than `above`, durably; returns it."""
+        """Raise the epoch to one more than it was, and more than `above`, durably; returns it.
+
+        In a copy, which may be started after the original went on, it is raised far, and by chance: above every epoch that the
+        original, or another copy, may have had since, so that no message of theirs is ever taken for one of this coordinator.
+        """
         with self._transaction() as connection:
             row = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "epoch")).scalar()
             epoch = max(int(row or 0), above) + 1
+            if connection.execute(_meta.delete().where(_meta.c.key == _COPIED)).rowcount:
+                epoch += _COPY_JUMP + secrets.randbelow(_COPY_JUMP)
             statement = insert(_meta).values(key="epoch", value=str(epoch))
             connection.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": str(epoch)}))
         return epoch
@@ -283,8 +295,9 @@ class Store:
 
     def base_models(self) -> list[dict[str, Any]]:
         """The named models, by name; none in a database that was last written before there were any."""
-        if not sa.inspect(self._engine).has_table(_base_models.name):
-            return []
+        with self._reading() as connection:
+            if not sa.inspect(connection).has_table(_base_models.name):
+                return []
         return self._rows(sa.select(_base_models).order_by(_base_models.c.name))
 
     def base_model(self, name: str) -> dict[str, Any] | None:
@@ -377,9 +390,74 @@ class Store:
         rows = self._rows(sa.select(_agents).order_by(_agents.c.agent_id))
         return [{**row, "labels": msgspec.json.decode(row["labels"])} for row in rows]
 
-    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+    def attempts(self, run_id: str) -> list[dict[str, Any]]:
+        """All attempts of a run, in order: `round_num`, `attempt`, `state`, and `members` with the state of each."""
+        query = sa.select(_attempts).where(_attempts.c.run_id == run_id)
+        rows = self._rows(query.order_by(_attempts.c.round_num, _attempts.c.attempt))
+        for row in rows:
+            row["members"] = msgspec.json.decode(row["members"], type=dict[str, MemberState])
+        return rows
+
+    def epoch(self) -> int:
+        """The epoch of the coordinator that started last; 0 where none did."""
+        rows = self._rows(sa.select(_meta.c.value).where(_meta.c.key == "epoch"))
+        return int(rows[0]["value"]) if rows else 0
+
+    @contextmanager
+    def snapshot(self, *, alone: bool = False) -> Iterator[None]:
+        """Let every read within the block, by one thread, see the database as it is now, whatever is written meanwhile.
+
+        Args:
+            alone: have whoever writes wait until the block ends, so that nothing is.
+        """
         with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if alone else "BEGIN")
+            self._seen_by = connection
+            try:
+                yield
+            finally:
+                self._seen_by = None
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the database to a new file, while others read and write: as it is now, or as `snapshot` has it.
+
+        The copy is one file, is marked as a copy, and need be synced.
+
+        Raises:
+            StoreError: the database is damaged.
+            OSError: the copy cannot be written.
+        """
+        try:
+            with self._reading() as connection, closing(sqlite3.connect(path)) as copy:
+                source: Any = connection.connection.driver_connection
+                source.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")  # else what reads it would leave files beside it
+                copy.execute("PRAGMA synchronous=OFF")
+                copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_COPIED, _now()))
+                copy.commit()
+        except sqlite3.OperationalError as error:
+            raise StoreWriteError(f"{path}: {error}") from None
+        except (sqlite3.DatabaseError, sa.exc.DBAPIError) as error:
+            raise StoreError(f"{self.path}: {error}; see what `coordinator verify` says") from None
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the file when it reads all of it; empty where nothing is."""
+        try:
+            with self._engine.connect() as connection:
+                said = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check(20)")]
+        except sa.exc.DBAPIError as error:
+            return [str(error.orig)]
+        return [] if said == ["ok"] else [line.strip() for line in said]
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        try:
+            with self._reading() as connection:
+                return [dict(row) for row in connection.execute(query).mappings()]
+        except sa.exc.DBAPIError as error:
+            raise StoreError(f"{self.path}: {error.orig}; restore it from a backup") from None
+
+    def _reading(self) -> AbstractContextManager[sa.Connection]:
+        return self._engine.connect() if self._seen_by is None else nullcontext(self._seen_by)
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
