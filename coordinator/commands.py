@@ -53,8 +53,8 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
     try:
         service = Service(settings, address)
         word = service.begin_run()
-    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError) as error:
-        return _wrong(error)
+    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError, OSError) as error:
+        return _cannot_start(error, settings)
     if not as_json:
         _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}", soft_wrap=True)
     code = _work(service, Display(service.shared, _errors) if show else None)
@@ -75,8 +75,8 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
             service.begin_run(again=False)
-    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError) as error:
-        return _wrong(error)
+    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError, OSError) as error:
+        return _cannot_start(error, settings)
     code = _work(service, None)
     return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop
 
@@ -272,8 +272,9 @@ def _work(service: Service, display: Display | None) -> int:
     except SupersededError as error:
         _wrong(error)
         return 1
-    except OSError as error:
-        _wrong(f"{service.settings.state_dir}: {error.strerror or error}; start it again to go on")
+    except (StoreError, OSError) as error:
+        what = (isinstance(error, OSError) and error.strerror) or error
+        _wrong(f"{service.settings.state_dir}: {what}; start it again to go on")
         return 1
     return 1 if service.state in (RunState.FAILED, None) else 0
 
@@ -331,6 +332,14 @@ def _load(
 def _wrong(error: object) -> int:
     _errors.print(f"coordinator: {error}", markup=False, soft_wrap=True)
     return 2
+
+
+def _cannot_start(error: Exception, settings: Settings) -> int:
+    """2 for what the operator got wrong; 1 for a disk that fails: started again later, it may work."""
+    if not isinstance(error, OSError):
+        return _wrong(error)
+    _wrong(f"{error.filename or settings.state_dir}: {error.strerror}" if error.strerror else error)
+    return 1
 
 
 def _look(state_dir: Path, show: Callable[[Store], int]) -> int:

@@ -10,6 +10,7 @@ import msgspec
 
 from coordinator import run_events as ev
 from coordinator.aggregate import AggregationError, CountedUpdate, aggregate
+from coordinator.disk import survivable
 from coordinator.evaluator import Evaluator, EvaluatorSpoke, Made
 from coordinator.models import ModelError, ModelStore
 from coordinator.spool import Spool
@@ -21,9 +22,10 @@ _log = logging.getLogger("coordinator")
 
 
 class Computed(msgspec.Struct, frozen=True):
-    """Put into the driver's queue: what an aggregation came to."""
+    """Put into the driver's queue: what an aggregation came to, an error where the disk failed. `Compute.take` unpacks it."""
 
-    event: ev.UpdatesAggregated | ev.AggregationBroke
+    event: ev.UpdatesAggregated | ev.AggregationBroke | OSError
+    generation: int = 0
 
 
 class Compute:
@@ -68,6 +70,7 @@ class Compute:
         self._put = put
         self._num_threads = num_threads
         self._max_step_ratio = max_step_ratio
+        self._generation = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
         self._evaluator = Evaluator(
             task,
@@ -82,9 +85,26 @@ class Compute:
     def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
         """Begin; an event follows, in any case."""
         if isinstance(command, ev.AggregateUpdates):
-            self._pool.submit(self._aggregate, command)
+            self._pool.submit(self._aggregate, command, self._generation)
         else:
             self._evaluator.ask(command, now)
+
+    def take(self, computed: Computed) -> ev.Event | None:
+        """What came of an aggregation; None where it was asked for before `reset`.
+
+        Raises:
+            OSError: the disk failed: nothing is wrong with the updates.
+        """
+        if computed.generation != self._generation:
+            return None
+        if isinstance(computed.event, OSError):
+            raise computed.event
+        return computed.event
+
+    def reset(self) -> None:
+        """Forget all that was asked for: whoever asked is gone."""
+        self._generation += 1
+        self._evaluator.reset()
 
     def handle(self, event: EvaluatorSpoke, now: float) -> ev.Event | Made | None:
         """What came of an evaluation or of the first model."""
@@ -112,10 +132,11 @@ class Compute:
         self._evaluator.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _aggregate(self, command: ev.AggregateUpdates) -> None:
-        self._put(Computed(self._try_aggregate(command)))
+    def _aggregate(self, command: ev.AggregateUpdates, generation: int) -> None:
+        if generation == self._generation:
+            self._put(Computed(self._try_aggregate(command), generation))
 
-    def _try_aggregate(self, command: ev.AggregateUpdates) -> ev.UpdatesAggregated | ev.AggregationBroke:
+    def _try_aggregate(self, command: ev.AggregateUpdates) -> ev.UpdatesAggregated | ev.AggregationBroke | OSError:
         try:
             assert self.framing is not None
             counted = [
@@ -139,7 +160,7 @@ class Compute:
         except (AggregationError, ModelError) as error:
             return ev.AggregationBroke(str(error))
         except OSError as error:
-            return ev.AggregationBroke(f"the disk failed: {error}")
+            return error if survivable(error) else ev.AggregationBroke(f"the disk failed: {error}")
         except Exception as error:  # noqa: BLE001  a strategy may raise anything; the round is abandoned, the run decides
             return ev.AggregationBroke(f"{type(error).__name__}: {error}")
         return ev.UpdatesAggregated(made.digest, made.delta_norm, made.server_state)

@@ -26,13 +26,13 @@ class Closed(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         outcome: "closed": its updates are being averaged; "abandoned": they were too few, and the attempt is given up;
-            "nothing": no round was open.
+            "nothing": no round was open; "failed": the disk failed as it was to be saved, so it may yet turn out to be open.
         round_num: that was closed, or 0.
         num_updates: that count; of an abandoned attempt, too, and they will count in the next one.
         text: all of it, for a person.
     """
 
-    outcome: Literal["closed", "abandoned", "nothing"]
+    outcome: Literal["closed", "abandoned", "nothing", "failed"]
     round_num: int = 0
     num_updates: int = 0
     text: str
@@ -43,7 +43,8 @@ class Asked:
 
     Args:
         event: what is wished.
-        answer: resolved at the end of the turn in which the wish was carried out, once all of it is on disk.
+        answer: resolved at the end of the turn in which the wish was carried out, once all of it is on disk, or cannot be put
+            there.
     """
 
     def __init__(self, event: ev.StopAsked | ev.CloseAsked, answer: Future[Closed] | None = None) -> None:
@@ -79,10 +80,12 @@ class Closing:
 
     Args:
         run: before the event; None where there is none.
+        why_none: why there is no run at the moment.
     """
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run | None, why_none: str = "there is no run") -> None:
         self._run = run
+        self._why_none = why_none
         self._machine: Round | None = None
         if run is not None and run.attempt is not None and run.attempt.round.state in _OPEN:
             self._machine = run.attempt.round
@@ -91,7 +94,7 @@ class Closing:
         """After the event."""
         run, machine = self._run, self._machine
         if run is None:
-            return Closed(outcome="nothing", text="nothing to close: there is no run")
+            return Closed(outcome="nothing", text=f"nothing to close: {self._why_none}")
         if machine is None or machine.state in _OPEN:
             return Closed(outcome="nothing", text=f"nothing to close: {run.status()}")
         num_updates = len(machine.reported)
@@ -102,3 +105,12 @@ class Closing:
             return Closed(outcome="abandoned", round_num=machine.round_num, num_updates=num_updates, text=text)
         text = f"closed round {machine.round_num} with {counted}"
         return Closed(outcome="closed", round_num=machine.round_num, num_updates=num_updates, text=text)
+
+
+def unsaved(closed: Closed, reason: str) -> Closed:
+    """What came of closing a round where the disk failed before that was known to be stored."""
+    if closed.outcome == "nothing":
+        return closed
+    text = f"not known to be {closed.outcome}: the disk failed as that was to be saved ({reason})"
+    text += "; look, and close it again, later"
+    return Closed(outcome="failed", round_num=closed.round_num, num_updates=closed.num_updates, text=text)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -176,6 +177,8 @@ class Driver:
         self._scratch = np.empty(0, np.float64)
         self._later: list[ev.Save] = []
         self._save_at = math.inf
+        self._told: Counter[tuple[str, str]] = Counter()
+        """The run's tallies as the observer knows them."""
 
     def deadline(self) -> float:
         """When `flush` has something to do though nothing happened."""
@@ -186,6 +189,7 @@ class Driver:
     def start_run(self, run: Run, now: float) -> None:
         """Make this the current run, and begin or resume it."""
         self.run = run
+        self._told = run.tallies.counts.copy()
         self._take(run.start())
         self.step(ev.TimePassed(), now)
 
@@ -245,8 +249,7 @@ class Driver:
                 break
             commands, self._commands = self._commands, []
             self._persist([command for command in commands if isinstance(command, ev.SAVES)], now)
-            for command in commands:
-                self._perform(command, now)
+            self._perform_all(commands, now)
         if self._later and (now >= self._save_at or self.is_over):
             self._persist([], now, all_of_it=True)
 
@@ -254,14 +257,48 @@ class Driver:
         """Save what must be saved before anything is sent; what can wait goes along, or goes alone a moment later."""
         if any(isinstance(save, ev.SaveUpdate) for save in saves):
             self._spool.sync()
-        was_waiting = bool(self._later)
-        self._later += saves
-        moved, self._moved = list(self._moved.values()), {}
-        if all_of_it or moved or not all(map(_can_wait, saves)):
-            saves, self._later = self._later, []
-            self._store.save(self.run.config.run_id if self.run else "", saves, moved)
-        elif self._later and not was_waiting:
+        waiting = [*self._later, *saves]
+        if all_of_it or self._moved or not all(map(_can_wait, saves)):
+            self._store.save(self.run.config.run_id if self.run else "", waiting, list(self._moved.values()))
+            self._later, self._moved = [], {}
+            return
+        if waiting and not self._later:
             self._save_at = now + _LONGEST_DELAY_S
+        self._later = waiting
+
+    # When the disk fails: see disk.py.
+
+    def park(self) -> None:
+        """Let go of the run: its memory is ahead of what could be stored, and what it decided is not done.
+
+        What earlier turns left to be saved later, which has been acted on, is kept for `write_waiting`. Until `unpark`, `flush`
+        must not be called; events may come, and find no run.
+        """
+        self.run = None
+        self._commands = []
+        self._publisher = None
+        self._base = None
+
+    def write_waiting(self, run_id: str) -> None:
+        """Save what waited when the run was parked; then the disk has all that was ever acted on.
+
+        Raises:
+            OSError: it still cannot be written.
+        """
+        self._store.save(run_id, self._later, list(self._moved.values()))
+        self._later, self._moved = [], {}
+
+    def unpark(self, run: Run, now: float) -> None:
+        """Go on with the run, as it was read from the disk; the observer, which lives on, is told what it missed.
+
+        That is what a write stored that then failed, and that what was on its way when the run was parked is late.
+        """
+        for (outcome, reason), count in (run.tallies.counts - self._told).items():
+            is_received = outcome == "received"
+            note = ev.UpdateReceived("") if is_received else ev.UpdateSettled("", outcome, reason)
+            for _ in range(count):
+                self._observer.note(note)
+        self.start_run(run, now)
 
     def say_farewell(self) -> None:
         """Tell everyone that this coordinator stops, before it does."""
@@ -385,6 +422,17 @@ class Driver:
 
     # What goes out.
 
+    def _perform_all(self, commands: list[ev.Command], now: float) -> None:
+        """Carry out what is persisted, all of it: where one fails for the disk, the others are none the less decided."""
+        failure: OSError | None = None
+        for command in commands:
+            try:
+                self._perform(command, now)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
     def _perform(self, command: ev.Command, now: float) -> None:
         match command:
             case ev.Send(agent_id, message, expiry_s):
@@ -397,6 +445,10 @@ class Driver:
             case ev.PrepareModel() | ev.EvaluateModel() | ev.AggregateUpdates():
                 self._compute.ask(command, now)
             case _ if isinstance(command, ev.NOTES):
+                if isinstance(command, ev.UpdateReceived):
+                    self._told["received", ""] += 1
+                elif isinstance(command, ev.UpdateSettled):
+                    self._told[command.outcome, command.reason] += 1
                 self._observer.note(command)
             case _ if isinstance(command, ev.SAVES):
                 self._observer.saved(command)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from coordinator import evaluator_messages as msg
+from coordinator.disk import survivable
 from coordinator.model_import import fit_state, read_state
 from coordinator.models import ModelError, ModelStore
 from midge.tasks.base import DataSpec, State, Task, TaskError, test_data_of
@@ -45,11 +46,9 @@ class EvaluationWorker:
             reason = str(error) if ours else f"{type(error).__name__}: {error}"
             reply(_encode(msg.Failed(request=request.request, reason=reason[:500])))
 
-    def _make(self, request: msg.MakeModel) -> msg.Made:
+    def _make(self, request: msg.MakeModel) -> msg.Made | msg.Failed:
         task, models = self._load()
         state = task.initial_state(request.seed)
-        if request.base_digest:
-            return msg.Made(request=request.request, digest=_checked_base(models, request.base_digest, state))
         if request.file:
             path = Path(request.file)
             try:
@@ -57,7 +56,14 @@ class EvaluationWorker:
             except LayoutError as error:
                 assert self._setup is not None
                 raise LayoutError(f"{path.name} does not fit task {self._setup.task}: it {error}") from None
-        return msg.Made(request=request.request, digest=models.save_state(state))
+        try:
+            base = request.base_digest
+            digest = _checked_base(models, base, state) if base else models.save_state(state)
+        except OSError as error:
+            number = (error.errno or 0) if survivable(error) else 0
+            verb = "read" if request.base_digest else "stored"
+            return msg.Failed(request=request.request, reason=f"the model cannot be {verb}: {error}", errno=number)
+        return msg.Made(request=request.request, digest=digest)
 
     def _evaluate(self, request: msg.Evaluate) -> msg.Evaluated:
         task, models = self._load()

@@ -7,6 +7,7 @@ evaluation, not the run.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,11 @@ class Evaluator:
         self._next(now)
 
     def handle(self, event: EvaluatorSpoke, now: float) -> ev.Event | Made | None:
-        """What came of the request under way; None where the event is of a process that was ended."""
+        """What came of the request under way; None where the event is of a process that was ended.
+
+        Raises:
+            OSError: the first model was made, and could not be stored.
+        """
         if event.generation != self._generation:
             return None
         if event.reply is None:
@@ -98,9 +103,18 @@ class Evaluator:
         command, self._running = self._running, None
         self.last_duration_s = now - self._began_at
         self._ends_at = math.inf
+        if isinstance(event.reply, msg.Failed) and event.reply.errno:
+            raise OSError(event.reply.errno, os.strerror(event.reply.errno))
         result = _result(command, event)
         self._next(now)
         return result
+
+    def reset(self) -> None:
+        """Forget all requests, and end the process: an answer to one of them must not be taken for another's."""
+        self.stop()
+        self._generation += 1
+        self._waiting.clear()
+        self._running = None
 
     def deadline(self) -> float:
         """When `tick` has something to do."""

@@ -47,10 +47,11 @@ class Evaluated(msgspec.Struct, frozen=True, kw_only=True, tag="evaluated"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """It could not be done."""
+    """It could not be done; `errno` says why a model that was made could not be stored, and is 0 otherwise."""
 
     request: int
     reason: str
+    errno: int = 0
 
 
 Request = SetUp | MakeModel | Evaluate

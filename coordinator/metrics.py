@@ -275,6 +275,17 @@ class Metrics:
         """A message belongs to another run, epoch, round or attempt, and was dropped: normal after a fault."""
         self._stale.labels(self._federation, kind).inc()
 
+    # How the disk is.
+
+    def disk_failed(self) -> None:
+        """The state directory could not be written; until `disk_works`, the run waits for that."""
+        self._disk_failed.labels(self._federation).set(1)
+        self._disk_failures.labels(self._federation).inc()
+
+    def disk_works(self) -> None:
+        """The state directory can be written again."""
+        self._disk_failed.labels(self._federation).set(0)
+
     # How the broker and the way to it are.
 
     def connected(self, is_connected: bool) -> None:
@@ -375,6 +386,12 @@ class Metrics:
             Counter, "midge_messages_stale_total", "Messages of another run, round or attempt.", ("kind",), kinds
         )
         self._connected = new(Gauge, "midge_broker_connected", "1 while the coordinator is connected to the broker.")
+        self._disk_failed = new(
+            Gauge, "midge_disk_failed", "1 while the state directory cannot be written, and the run waits for that."
+        )
+        self._disk_failures = new(
+            Counter, "midge_disk_failures_total", "Times that writing to the state directory, or trying to, failed."
+        )
         self._queue = new(Gauge, "midge_inbox_queue_bytes", "Bytes that wait in the coordinator's queue.")
 
     def _per_federation(

@@ -119,6 +119,21 @@ class Watch:
         if self.run_id:
             self._metrics.phase_ended(self.run_id, "evaluating", duration_s)
 
+    def parked(self, reason: str) -> None:
+        """The state directory cannot be written, and the run waits for that; or another try came to nothing."""
+        self._metrics.disk_failed()
+        with self._shared.lock:
+            board = self._shared.board
+            event = _printable(f"the disk fails, the run waits: {reason}")
+            if board.events[-1:] != [event]:
+                board.add_event(event)
+
+    def unparked(self, parked_s: float) -> None:
+        """It can be written again."""
+        self._metrics.disk_works()
+        with self._shared.lock:
+            self._shared.board.add_event(f"the disk can be written again after {parked_s:.0f} s")
+
     def look(self, status: str, num_missing: int, queue_bytes: int) -> None:
         """Once a turn: what the run says of itself."""
         if self.run_id:

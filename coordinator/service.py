@@ -2,10 +2,14 @@
 
 One loop takes what waits in the queue, a turn at a time, hands it to the driver, and ends the turn with `flush`.
 With nothing to do it turns once a second, so that `/healthz` can tell that it lives.
+
+A disk that fails ends neither the loop nor the run: see disk.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import logging
@@ -25,18 +29,19 @@ from coordinator.base_models import digest_of
 from coordinator.board import AGENT_ROUNDS, Board, Shared
 from coordinator.compute import Compute, Computed
 from coordinator.config import Settings, differences, run_definition, run_fingerprint, strategy_of
-from coordinator.control import Asked, Closed, Closing, Control
+from coordinator.control import Asked, Closed, Closing, Control, unsaved
+from coordinator.disk import Parking, probe_room, survivable
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.http import Heart, HttpServer, make_app
 from coordinator.metrics import SYS_TOPICS, CollectorRegistry, Metrics
-from coordinator.models import ModelStore
+from coordinator.models import ModelError, ModelStore
 from coordinator.observer import Watch
 from coordinator.resume import resume
 from coordinator.retention import Retention
 from coordinator.round import RoundConfig
 from coordinator.run import FINAL, Run, RunState, Version
-from coordinator.run_config import RunConfig
+from coordinator.run_config import Resumed, RunConfig
 from coordinator.spool import Spool
 from coordinator.state_dir import InUseError, lock
 from coordinator.store import Store, StoreError
@@ -49,7 +54,7 @@ from midge.log import log_event
 from midge.transport.address import Address
 from midge.transport.base import TransportEvent, Will
 from midge.transport.mqtt import MqttTransport
-from midge.wire.frames import Frame, plan_framing
+from midge.wire.frames import ELEMENT_BYTES, Frame, plan_framing
 from midge.wire.identifiers import task_name
 from midge.wire.messages import TrainingConfig
 from midge.wire.topics import Topics
@@ -57,6 +62,8 @@ from midge.wire.topics import Topics
 _log = logging.getLogger("coordinator")
 _LONGEST_WAIT_S = 1.0
 _DISK_EVERY_S = 10.0
+_LEAST_ROOM_BYTES = 8 << 20
+"""A run that waits for the disk goes on once this and a model can be written: extents of the spool, the database's log."""
 _LEAST_FREE_BYTES = 64 << 20
 """With less room than this in the state directory, the coordinator is not ready."""
 
@@ -107,6 +114,8 @@ class Service:
         self._base_digest = ""
         self._stop_asked = False
         self._to_answer: list[tuple[Future[Closed], Closed]] = []
+        self._parking = Parking()
+        self._config: RunConfig | None = None
         self._idle_status = "no run"
         self._look_at_disk_at = -math.inf
         topics = Topics(settings.federation)
@@ -147,12 +156,14 @@ class Service:
     @property
     def state(self) -> RunState | None:
         """Where the run stands; None where there is none."""
+        if self._config is not None and self._parking.is_parked:
+            return RunState.STOPPED if self._stop_asked else RunState.WAITING
         return self._driver.run.state if self._driver.run else None
 
     @property
     def run_id(self) -> str:
         """Of the current run; empty where there is none."""
-        return self._driver.run.config.run_id if self._driver.run else ""
+        return self._config.run_id if self._config is not None else ""
 
     def begin_run(self, *, again: bool = True) -> str:
         """Begin the run that the settings define, or go on with it where it is unfinished.
@@ -190,7 +201,7 @@ class Service:
                 rounds=settings.rounds,
             )
         strategy = strategy_of(settings)
-        config = _run_config(run_id, settings, strategy)
+        config = self._config = _run_config(run_id, settings, strategy)
         resumed = resume(self.store, self.models, run_id)
         self._compute = Compute(
             run_id,
@@ -218,7 +229,11 @@ class Service:
             if row["is_published"] and row["run_id"] != run_id and row["federation"] == settings.federation
         ]
         self._begin_tracking(run_id)
-        run = Run(
+        self._driver.start_run(self._make_run(config, resumed), time.monotonic())
+        return "goes on" if goes_on else "begins"
+
+    def _make_run(self, config: RunConfig, resumed: Resumed | None) -> Run:
+        return Run(
             config,
             epoch=self._driver.epoch,
             fleet=self._driver.fleet,
@@ -226,8 +241,6 @@ class Service:
             resumed=resumed,
             connected=self._driver.is_connected,
         )
-        self._driver.start_run(run, time.monotonic())
-        return "goes on" if goes_on else "begins"
 
     def run(self, each_turn: Callable[[], None] = lambda: None) -> RunState | None:
         """Work until the run is over, or for ever where it keeps serving, or until `stop`.
@@ -262,28 +275,90 @@ class Service:
         deadline = min(
             self._driver.run.deadline() if self._driver.run else math.inf,
             self._compute.deadline() if self._compute else math.inf,
-            self._driver.deadline(),
+            self._driver.deadline() if not self._parking.is_parked else self._parking.retry_at,
             now + _LONGEST_WAIT_S,
         )
         for event in self.queue.take(max(0.0, deadline - now)):
-            self._dispatch(event, time.monotonic())
-        now = time.monotonic()
+            self._outlive(functools.partial(self._dispatch, event))
+        self._outlive(self._unpark if self._parking.is_parked else self._end_turn)
+        self._answer()
+        self._look_at_disk()
+        self.heart.beat()
+        self.heart.network_is_stuck = not self._transport.healthy
+        run = self._driver.run
+        missing = run.num_missing if run else 0
+        self._watch.look(self._status(), missing, self.queue.size_bytes)
+
+    def _end_turn(self, now: float) -> None:
         late = self._compute.tick(now) if self._compute is not None else None
         if late is not None:
             self._driver.step(late, now)
         self._try_prepare(now)
         self._driver.step(ev.TimePassed(), now)
         self._driver.flush(now)
+        self._keep_house()
+
+    def _answer(self) -> None:
+        """Tell whoever asked for something in this turn what came of it: it is stored, or the run is parked."""
         for answer, closed in self._to_answer:
             if answer.set_running_or_notify_cancel():  # false where whoever asked has gone
                 answer.set_result(closed)
         self._to_answer = []
-        self._keep_house()
-        self.heart.beat()
-        self.heart.network_is_stuck = not self._transport.healthy
-        run = self._driver.run
-        missing = run.num_missing if run else 0
-        self._watch.look(run.status() if run else self._idle_status, missing, self.queue.size_bytes)
+
+    def _status(self) -> str:
+        if self._parking.is_parked:
+            return self._parking.status(time.monotonic())
+        return self._driver.run.status() if self._driver.run else self._idle_status
+
+    # When the disk fails.
+
+    def _outlive(self, work: Callable[[float], None]) -> None:
+        """Do a part of a turn; where the disk fails, park the run, and go on with the next part."""
+        now = time.monotonic()
+        try:
+            work(now)
+        except OSError as error:
+            if not survivable(error):
+                raise
+            self._park(error, now)
+
+    def _park(self, error: OSError, now: float) -> None:
+        self._driver.park()
+        self._made = None
+        if self._compute is not None:
+            self._compute.reset()
+        if self._parking.failed(_said(error), now):
+            log_event(
+                _log, logging.ERROR, "the disk fails; the run waits", run=self.run_id, reason=self._parking.reason
+            )
+        self._to_answer = [(answer, unsaved(closed, self._parking.reason)) for answer, closed in self._to_answer]
+        self._watch.parked(self._parking.reason)
+        self._look_at_disk_at = -math.inf
+
+    def _unpark(self, now: float) -> None:
+        """Try whether it can be written again; if so, make the run anew from what is stored, as a restart does."""
+        if now < self._parking.retry_at:
+            return
+        framing = self._compute.framing if self._compute is not None else None
+        model_bytes = framing.num_elements * ELEMENT_BYTES if framing is not None else 0
+        probe_room(self._state_dir, _LEAST_ROOM_BYTES + model_bytes)
+        self.store.probe()
+        self._spool.reopen()
+        self._driver.write_waiting(self.run_id)
+        if self._config is not None:
+            try:
+                resumed = resume(self.store, self.models, self.run_id)
+            except (ModelError, StoreError) as error:  # what the disk holds is not what was written to it
+                raise OSError(errno.EIO, str(error)) from None
+            self._driver.unpark(self._make_run(self._config, resumed), now)
+        parked_s = round(self._parking.resumed(now), 1)
+        log_event(
+            _log, logging.INFO, "the disk can be written again; the run goes on", run=self.run_id, parked_s=parked_s
+        )
+        self._watch.unparked(parked_s)
+        self._look_at_disk_at = -math.inf
+
+    # What a turn does.
 
     def _dispatch(self, event: _Event, now: float) -> None:
         match event:
@@ -295,10 +370,13 @@ class Service:
                 elif result is not None:
                     self._on_evaluation(result, now)
             case Computed():
-                self._driver.step(event.event, now)
+                assert self._compute is not None
+                computed = self._compute.take(event)
+                if computed is not None:
+                    self._driver.step(computed, now)
             case Asked():
                 self._stop_asked = self._stop_asked or isinstance(event.event, ev.StopAsked)
-                closing = Closing(self._driver.run)
+                closing = Closing(self._driver.run, self._status() if self._parking.is_parked else "there is no run")
                 self._driver.step(event.event, now)
                 if event.answer is not None:
                     self._to_answer.append((event.answer, closing.result()))
@@ -335,13 +413,23 @@ class Service:
         self._compute.framing = framing
         self._driver.step(ev.ModelPrepared(made.digest, layout, framing), now)
 
-    def _keep_house(self) -> None:
+    def _look_at_disk(self) -> None:
         now = time.monotonic()
-        if now >= self._look_at_disk_at:
-            self._look_at_disk_at = now + _DISK_EVERY_S
+        if now < self._look_at_disk_at:
+            return
+        self._look_at_disk_at = now + _DISK_EVERY_S
+        if self._parking.is_parked:
+            self.heart.problem = f"the state directory cannot be written: {self._parking.reason}"
+            return
+        try:
             free_bytes = shutil.disk_usage(self._state_dir).free
-            short = free_bytes < _LEAST_FREE_BYTES
-            self.heart.problem = f"{self._state_dir}: {free_bytes >> 20} MB are free; make room" if short else ""
+        except OSError as error:
+            self.heart.problem = _said(error)
+            return
+        short = free_bytes < _LEAST_FREE_BYTES
+        self.heart.problem = f"{self._state_dir}: {free_bytes >> 20} MB are free; make room" if short else ""
+
+    def _keep_house(self) -> None:
         run = self._driver.run
         if run is None:
             return
@@ -440,8 +528,9 @@ class Service:
         self._transport.stop()
         if self._watch.tracking is not None:
             self._watch.tracking.stop(self.state or "")
-        if self._http is not None:
-            self._http.stop()
+        with contextlib.suppress(OSError):  # its file cannot be removed where nothing can be written
+            if self._http is not None:
+                self._http.stop()
         self._spool.close()
         self.store.close()
         os.close(self._lock_fd)
@@ -487,6 +576,11 @@ class _LateCompute:
         compute = self._service._compute  # noqa: SLF001  one class in two parts
         assert compute is not None
         compute.ask(command, now)
+
+
+def _said(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename and error.strerror else what
 
 
 def _run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig:

@@ -10,6 +10,10 @@ not synced may be missing or zero. Opening reads every record: one whose own hea
 follows is cut off; one whose frame is damaged is skipped. Neither loses more than a resend, since an agent keeps its update
 until it has a receipt.
 
+**A sync that fails** leaves it unknown what the file holds, and a later one that succeeds says nothing about it: the kernel may
+have dropped what it could not write, and take it for clean. So nothing is written to such a segment any more; `Spool.reopen`
+cuts it back to where it was last durable. What is lost thereby, agents send again.
+
 **Growth.** Beyond its first 2 MiB a segment grows by 2 MiB of zeros at a time, into which records are then written. That is
 for the reader: pages that one large write made lie together in memory, and mapping them takes a tenth of the page faults
 that pages of many small writes do (aggregation measured 1.5 times faster, appending no slower).
@@ -23,6 +27,7 @@ written, or read when the segment was opened, and both report such a disk as an 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import sys
@@ -102,6 +107,9 @@ class RoundSpool:
         self._frames: dict[tuple[str, bytes], dict[int, StoredFrame]] = {}
         self._end = 0
         self._grown = 0
+        self._dirty = False
+        self._durable_end = 0
+        self._is_doubtful = False
         self._map: mmap.mmap | None = None
         self._resident: set[int] = set()
         self._elements = np.empty(0, _FLOAT32_LE)
@@ -113,11 +121,12 @@ class RoundSpool:
                 sync_dir(path.parent)
             else:
                 self._recover()
+                # A process that was killed left its records in the page cache: there to be read, but not yet durable.
+                self._dirty = self._end > 0
+                self.sync()
         except BaseException:
             self.close()
             raise
-        # A process that was killed left its records in the page cache: there to be read, but not yet durable.
-        self._dirty = self._end > 0
 
     def __repr__(self) -> str:
         num_frames = sum(map(len, self._frames.values()))
@@ -173,11 +182,29 @@ class RoundSpool:
         """Make all that was appended durable: one `fdatasync`, and none if nothing was.
 
         Raises:
-            OSError: the disk failed, and what it holds is unknown: no later success says otherwise. Open the segment again.
+            OSError: the disk failed, and what it holds is unknown: no later success says otherwise. See `settle`.
         """
-        if self._dirty:
+        if not self._dirty:
+            return
+        self._refuse_if_doubtful()
+        try:
             os.fdatasync(self._fd)
-            self._dirty = False
+        except OSError:
+            self._is_doubtful = True
+            raise
+        self._dirty = False
+        self._durable_end = self._end
+
+    def settle(self) -> None:
+        """After a sync that failed, before the segment is opened again: cut off what may not be there.
+
+        Raises:
+            OSError: the disk still fails.
+        """
+        if self._is_doubtful:
+            os.ftruncate(self._fd, self._durable_end)
+            os.fsync(self._fd)
+            self._is_doubtful = False
 
     def stored(self, agent_id: str, content_tag: bytes) -> Mapping[int, StoredFrame]:
         """The frames of one update by index: a read-only view that grows as more come."""
@@ -256,7 +283,12 @@ class RoundSpool:
         self._end = record.stop
         return record
 
+    def _refuse_if_doubtful(self) -> None:
+        if self._is_doubtful:
+            raise OSError(errno.EIO, f"{self.path}: a sync failed; it must be opened again")
+
     def _write_all(self, parts: list[bytes | memoryview], num_bytes: int) -> None:
+        self._refuse_if_doubtful()
         self._dirty = True
         try:
             self._grow(self._end + num_bytes)
@@ -371,6 +403,19 @@ class Spool:
             path.unlink(missing_ok=True)
             num_deleted += 1
         return num_deleted
+
+    def reopen(self) -> None:
+        """Close all segments, so that each is read again when it is next asked for: what is known of it is what is on disk.
+
+        Raises:
+            OSError: the disk still fails.
+        """
+        with self._lock:
+            for key, segment in list(self._open.items()):
+                if not segment.closed:
+                    segment.settle()
+                    segment.close()
+                del self._open[key]
 
     def close(self) -> None:
         """Close all segments; they stay on disk."""

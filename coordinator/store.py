@@ -17,6 +17,7 @@ Tables
 
 from __future__ import annotations
 
+import errno
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -143,12 +144,26 @@ _base_models = sa.Table(
 _to_json = msgspec.json.encode
 
 
+_ERRNOS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_NOMEM: errno.ENOMEM,
+    sqlite3.SQLITE_BUSY: errno.EAGAIN,
+    sqlite3.SQLITE_LOCKED: errno.EAGAIN,
+}
+
+
 class StoreError(Exception):
     """The database cannot be used; the message says why and what to do."""
 
 
 class StoreWriteError(StoreError, OSError):
-    """What was to be written is not: the disk is full or fails. The database is as before."""
+    """What was to be written is not: the disk is full or fails. The database is as before.
+
+    Where a sync failed as a transaction was committed, it may be there all the same: read what is.
+    """
 
 
 class AgentRow(msgspec.Struct, frozen=True):
@@ -194,6 +209,9 @@ class Store:
                 _metadata.create_all(self._engine)
             self._check_version(read_only=read_only)
         except sa.exc.DBAPIError as error:
+            failed = _write_error(self.path, error.orig)
+            if failed.errno is not None:  # the disk is full or fails, and the database may be as it should be
+                raise failed from None
             raise StoreError(
                 f"{self.path}: {error.orig}; restore it from a backup, or choose another state_dir"
             ) from None
@@ -218,6 +236,12 @@ class Store:
             statement = insert(_meta).values(key="epoch", value=str(epoch))
             connection.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": str(epoch)}))
         return epoch
+
+    def probe(self) -> None:
+        """Write something, durably, to find out whether that can be done."""
+        statement = insert(_meta).values(key="probed_at", value=_now())
+        with self._transaction() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": _now()}))
 
     def create_run(
         self, *, federation: str, task: str, fingerprint: str, definition: Mapping[str, Any], rounds: int
@@ -436,7 +460,7 @@ class Store:
                 copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_COPIED, _now()))
                 copy.commit()
         except sqlite3.OperationalError as error:
-            raise StoreWriteError(f"{path}: {error}") from None
+            raise _write_error(path, error) from None
         except (sqlite3.DatabaseError, sa.exc.DBAPIError) as error:
             raise StoreError(f"{self.path}: {error}; see what `coordinator verify` says") from None
 
@@ -465,7 +489,11 @@ class Store:
             with self._engine.begin() as connection:
                 yield connection
         except sa.exc.OperationalError as error:
-            raise StoreWriteError(f"{self.path}: {error.orig}") from None
+            raise _write_error(self.path, error.orig) from None
+        except sa.exc.IntegrityError:
+            raise  # our own bug
+        except sa.exc.DatabaseError as error:
+            raise StoreError(f"{self.path}: {error.orig}; restore it from a backup") from None
 
     def _check_version(self, *, read_only: bool) -> None:
         with self._engine.connect() if read_only else self._engine.begin() as connection:
@@ -489,6 +517,13 @@ class Store:
         connection.execute(_meta.update().where(_meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
         for version in range(seen, SCHEMA_VERSION):
             connection.execute(sa.text(_MIGRATIONS[version]))
+
+
+def _write_error(path: Path, error: Any) -> StoreWriteError:
+    """With the error number that the disk had, as far as SQLite tells."""
+    made = StoreWriteError(f"{path}: {error}")
+    made.errno = _ERRNOS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    return made
 
 
 def _configure(connection: Any, record: object) -> None:  # noqa: ARG001

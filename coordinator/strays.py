@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coordinator.agent_models import DIRECTORY as AGENT_MODELS
+from coordinator.disk import LEFTOVER
 from coordinator.findings import Finding, Report
 from coordinator.models import ModelError, ModelFile, is_abandoned
 from coordinator.state_dir import LOCK, MODELS, SPOOL
@@ -23,6 +24,10 @@ def strays(state_dir: Path, *, is_running: bool) -> Iterator[Finding]:
             if not is_running:
                 text = "it says where a coordinator serves, and none is running"
                 yield Finding("leftover", path.name, text, "the next coordinator replaces it", removable=True)
+        elif path.name == LEFTOVER:
+            if not is_running:
+                text = "left by a coordinator that looked whether there was room"
+                yield Finding("leftover", path.name, text, "--repair removes it", removable=True)
         elif path.name not in _OURS and not path.name.startswith("service."):
             yield Finding("note", path.name, "it is not a coordinator's; it is left alone")
     for path in files_in(state_dir / MODELS):

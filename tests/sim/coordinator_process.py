@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from coordinator import run_events as ev
 from coordinator.cohort import Change, Fleet
+from coordinator.disk import Parking, survivable
 from coordinator.driver import Driver, presence_payload
 from coordinator.resume import resume
 from coordinator.retention import Retention
@@ -20,7 +23,7 @@ from midge.transport.base import (
     Will,
 )
 from tests.sim.learning import Trained, average, evaluate, initial_model
-from tests.sim.process import Process, WatchedTransport
+from tests.sim.process import Crash, Process, WatchedTransport
 
 if TYPE_CHECKING:
     from tests.sim.federation import Federation
@@ -37,8 +40,10 @@ class CoordinatorProcess(Process):
     def __init__(self, federation: Federation) -> None:
         super().__init__(federation, "coordinator")
         self.computation_fails = 0.0
-        self._inbox: list[TransportEvent | ev.Event] = []
+        self.parking = Parking()
+        self._inbox: list[TransportEvent | ev.Event | OSError] = []
         self._initial: str | None = None
+        self._asked_of = 0
         self._evaluator_free_at = 0.0
         self._retention: Retention
         self._retained_for: tuple[int, int | None] | None = None
@@ -48,7 +53,13 @@ class CoordinatorProcess(Process):
     def _start(self) -> None:
         federation = self.federation
         federation.auditor.restarted()
-        epoch = federation.store.raise_epoch()
+        federation.spool.restarted()
+        self.parking = Parking()
+        self._asked_of = 0
+        try:
+            epoch = federation.store.raise_epoch()
+        except OSError:
+            raise Crash(self) from None  # it says so, exits, and is started again later
         instance = f"instance-{self.generation}"
         will = Will(federation.topics.coordinator, presence_payload(epoch, instance, online=False), delay_s=0)
         self.transport = federation.broker.transport(f"coordinator-{instance}", self._take, will)
@@ -67,11 +78,21 @@ class CoordinatorProcess(Process):
         )
         self._retention = Retention(store, models, spool, _KEEP_MODELS)
         self._retained_for = self._initial = None
-        resumed = resume(store, models, federation.config.run_id)
-        run = Run(federation.config, epoch=epoch, fleet=self.driver.fleet, now=self.now(), resumed=resumed)
-        self.driver.start_run(run, self.now())
+        self.driver.start_run(self._make_run(), self.now())
         self.transport.start()
         self._turn(self.now())
+
+    def _make_run(self) -> Run:
+        federation, driver = self.federation, self.driver
+        store, models = cast("Any", (federation.store, federation.models))
+        return Run(
+            federation.config,
+            epoch=driver.epoch,
+            fleet=driver.fleet,
+            now=self.now(),
+            resumed=resume(store, models, federation.config.run_id),
+            connected=driver.is_connected,
+        )
 
     def _lost(self) -> None:
         self._inbox.clear()
@@ -79,6 +100,9 @@ class CoordinatorProcess(Process):
 
     def stop(self) -> None:
         """Stop it as an operator does; it goes on when it is started again."""
+        if self.parking.is_parked:
+            self._farewell()
+            return
         self.driver.step(ev.StopAsked(), self.now())
         self._turn(self.now())  # says farewell, since the run is over for this process
 
@@ -98,7 +122,7 @@ class CoordinatorProcess(Process):
     def _take(self, event: TransportEvent) -> None:
         self._put(event)
 
-    def _put(self, event: TransportEvent | ev.Event) -> None:
+    def _put(self, event: TransportEvent | ev.Event | OSError) -> None:
         self._inbox.append(event)
         self.came()
         if len(self._inbox) == 1:
@@ -112,10 +136,28 @@ class CoordinatorProcess(Process):
         driver, federation = self.driver, self.federation
         events, self._inbox = self._inbox, []
         for event in events:
-            if isinstance(event, _FROM_BROKER):
-                driver.handle(event, now)
-            else:
-                driver.step(event, now)
+            self._outlive(functools.partial(self._dispatch, event), now)
+        self._outlive(self._unpark if self.parking.is_parked else self._end_turn, now)
+        if self.parking.is_parked:
+            self.wait_for(self.parking.retry_at)
+            return
+        assert driver.run is not None
+        if federation.is_audited:
+            federation.auditor.turned()
+        self.wait_for(min(driver.run.deadline(), driver.deadline()))
+        if driver.is_over:
+            self._farewell()
+
+    def _dispatch(self, event: TransportEvent | ev.Event | OSError, now: float) -> None:
+        if isinstance(event, OSError):
+            raise event
+        if isinstance(event, _FROM_BROKER):
+            self.driver.handle(event, now)
+        else:
+            self.driver.step(event, now)
+
+    def _end_turn(self, now: float) -> None:
+        driver, federation = self.driver, self.federation
         if self._initial is not None and driver.is_connected:
             model, self._initial = federation.models.open(self._initial), None
             federation.store.set_framing(federation.framing.frame_elements)
@@ -123,12 +165,35 @@ class CoordinatorProcess(Process):
         driver.step(ev.TimePassed(), now)
         driver.flush(now)
         self._keep_house()
-        assert driver.run is not None
-        if federation.is_audited:
-            federation.auditor.turned()
-        self.wait_for(min(driver.run.deadline(), driver.deadline()))
-        if driver.is_over:
-            self._farewell()
+
+    # When the disk fails, as `coordinator.service` does it.
+
+    def _outlive(self, work: Callable[[float], None], now: float) -> None:
+        try:
+            work(now)
+        except OSError as error:
+            if not survivable(error):
+                raise
+            self.driver.park()
+            self._initial = None
+            self._asked_of += 1
+            self._evaluator_free_at = 0.0
+            if self.parking.failed(str(error), now):
+                self.federation.tell("coordinator", f"parked: {error}")
+
+    def _unpark(self, now: float) -> None:
+        federation = self.federation
+        if now < self.parking.retry_at:
+            return
+        with federation.disk.write():
+            pass  # the room is probed
+        federation.store.probe()
+        federation.spool.reopen()
+        self.driver.write_waiting(federation.config.run_id)
+        self.driver.unpark(self._make_run(), now)
+        self.parking.resumed(now)
+        federation.tell("coordinator", "goes on")
+        self._end_turn(now)
 
     def _keep_house(self) -> None:
         run = self.driver.run
@@ -150,7 +215,16 @@ class CoordinatorProcess(Process):
         else:  # by one process, one after the other
             self._evaluator_free_at = max(federation.now, self._evaluator_free_at) + federation.computation_s()
             delay_s = self._evaluator_free_at - federation.now
-        self.call_later(delay_s, lambda: self._compute(command))
+        asked_of = self._asked_of
+
+        def compute() -> None:
+            if asked_of == self._asked_of:
+                try:
+                    self._compute(command)
+                except OSError as error:
+                    self._put(error)
+
+        self.call_later(delay_s, compute)
 
     def _compute(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates) -> None:
         fails = self.computation_fails and self.federation.rng.random() < self.computation_fails

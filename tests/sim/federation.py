@@ -24,6 +24,7 @@ from midge.wire.topics import Topics
 from tests.sim.agent_process import AgentProcess, Behaviour
 from tests.sim.auditor import Auditor
 from tests.sim.coordinator_process import CoordinatorProcess
+from tests.sim.disk import Disk
 from tests.sim.learning import chain, layout_of
 from tests.sim.process import Crash, Process
 from tests.sim.state import MemoryModels, MemorySpool, MemoryStore
@@ -90,6 +91,7 @@ class Federation:
         self.expected_chain = chain(seed, self.layout.num_elements, honest, rounds) if is_strict else []
         self.broker = MemoryBroker(random.Random(f"{seed}/broker"), faults, delays_wills=delays_wills)
         self.turn_s = 0.0
+        self.disk = Disk()
         self.coordinator = CoordinatorProcess(self)
         self._make_state()
         self.agents = [AgentProcess(self, f"agent-{index}", behaviour) for index, behaviour in enumerate(behaviours)]
@@ -170,9 +172,9 @@ class Federation:
     def _make_state(self) -> None:
         self.auditor = Auditor(self)
         saved = self.auditor.saved if self.is_audited else None
-        self.store = MemoryStore(self.coordinator.tick, saved, self.auditor.started)
-        self.spool = MemorySpool(self.coordinator.tick)
-        self.models = MemoryModels(self.auditor.model_saved)
+        self.store = MemoryStore(self.coordinator.tick, self.disk, saved, self.auditor.started)
+        self.spool = MemorySpool(self.coordinator.tick, self.disk)
+        self.models = MemoryModels(self.disk, self.auditor.model_saved)
 
     def _step(self, limit_s: float) -> bool:
         broker = self.broker

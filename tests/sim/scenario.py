@@ -2,8 +2,8 @@
 
 For its first `FAULTS_S` seconds a federation suffers: links lose, delay, double and reorder; connections are cut, or go dead
 unnoticed; the broker dies, with or without what it kept; coordinator and agents are killed between any two operations, or
-stopped; agents refuse, are slow, fail, lie, or go for good; a stranger sends garbage and repeats what others said. Then all of
-it stops, and the federation must go on by itself.
+stopped; agents refuse, are slow, fail, lie, or go for good; the coordinator's disk is full or broken; a stranger sends garbage
+and repeats what others said. Then all of it stops, and the federation must go on by itself.
 """
 
 from __future__ import annotations
@@ -133,6 +133,15 @@ def _mend_computations(federation: Federation) -> None:
     federation.coordinator.computation_fails = 0.0
 
 
+def _break_the_disk(scenario: Scenario, rng: random.Random) -> None:
+    federation, disk = scenario.federation, scenario.federation.disk
+    if rng.random() < 0.5:
+        disk.fail(disk.num_writes + rng.randint(1, 40), rng.choice((1, 1, 2, 4)), lands=rng.random() < 0.5)
+    else:
+        disk.break_down()
+        federation.at(federation.now + rng.uniform(0.0, 10.0), disk.mend, "the disk is mended")
+
+
 def _kill_the_broker(scenario: Scenario, rng: random.Random) -> None:
     broker = scenario.federation.broker
     if not broker.is_up:
@@ -199,6 +208,8 @@ _KINDS: tuple[Callable[[Scenario, random.Random], None], ...] = (
     _stop_coordinator,
     _close_the_round,
     _break_computations,
+    _break_the_disk,
+    _break_the_disk,
     _kill_the_broker,
     _kill_the_broker,
     _cut_someone_off,
@@ -227,6 +238,7 @@ def _heal(scenario: Scenario) -> None:
     if not federation.broker.is_up:
         federation.broker.start()
     federation.coordinator.computation_fails = 0.0
+    federation.disk.mend()
     for process in federation.processes:
         process.light_fuse(0)
         if process.transport is not None and process.transport.is_dark:

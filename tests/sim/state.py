@@ -1,8 +1,9 @@
 """The coordinator's state directory in memory: what outlives its process. Store, spool and models are as the driver wants
 them, and as `coordinator.resume` and `coordinator.retention` read them.
 
-Every operation calls `tick` before and after, where a test may kill the process. What the store saved is durable at once; what
-the spool was given is durable once it was synced: `MemorySpool.lose_power` takes away some of the rest.
+Every operation calls `tick` before and after, where a test may kill the process, and every write is one to a `Disk`, which may
+fail. What the store saved is durable at once; what the spool was given is durable once it was synced: `MemorySpool.lose_power`
+takes away some of the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from coordinator.round import MemberState, RoundState
 from coordinator.store import KEPT_ROUNDS, AgentRow
 from coordinator.uplink import FrameFacts
 from midge.wire.frames import Frame, content_tag
+from tests.sim.disk import Disk
 from tests.sim.learning import Model
 
 PRUNED_EVERY = 20
@@ -27,7 +29,11 @@ class MemoryStore:
     """The database of one run."""
 
     def __init__(
-        self, tick: Callable[[], None], saved: Callable[[ev.Save], None] | None, raised: Callable[[int], None]
+        self,
+        tick: Callable[[], None],
+        disk: Disk,
+        saved: Callable[[ev.Save], None] | None,
+        raised: Callable[[int], None],
     ) -> None:
         self.epoch = 0
         self.row: dict[str, Any] = {"state": "preparing", "frame_elements": 0, "best_round": None, "best_value": None}
@@ -37,6 +43,7 @@ class MemoryStore:
         self.tally_rows: dict[tuple[str, str], int] = {}
         self.agent_rows: dict[str, AgentRow] = {}
         self._tick = tick
+        self._disk = disk
         self._saved = saved
         self._raised = raised
 
@@ -45,24 +52,32 @@ class MemoryStore:
     def raise_epoch(self, above: int = 0) -> int:
         """See `coordinator.store.Store`; so do all that follow."""
         self._tick()
-        self.epoch = max(self.epoch, above) + 1
-        self._raised(self.epoch)
+        with self._disk.write():
+            self.epoch = max(self.epoch, above) + 1
+            self._raised(self.epoch)
         self._tick()
         return self.epoch
 
+    def probe(self) -> None:
+        self._tick()
+        with self._disk.write():
+            pass
+
     def set_framing(self, frame_elements: int) -> None:
         self._tick()
-        self.row["frame_elements"] = frame_elements
+        with self._disk.write():
+            self.row["frame_elements"] = frame_elements
         self._tick()
 
     def save(self, run_id: str, saves: Iterable[ev.Save], agents: Iterable[AgentRow]) -> None:
         self._tick()
-        for save in saves:
-            self._save(save)
-            if self._saved is not None:
-                self._saved(save)
-        for agent in agents:
-            self.agent_rows[agent.agent_id] = agent
+        with self._disk.write():
+            for save in saves:
+                self._save(save)
+                if self._saved is not None:
+                    self._saved(save)
+            for agent in agents:
+                self.agent_rows[agent.agent_id] = agent
         self._tick()
 
     def _save(self, save: ev.Save) -> None:
@@ -118,8 +133,10 @@ _Key = tuple[int, str, bytes]
 class MemorySpool:
     """The frames of the rounds at hand."""
 
-    def __init__(self, tick: Callable[[], None]) -> None:
+    def __init__(self, tick: Callable[[], None], disk: Disk) -> None:
         self._tick = tick
+        self._disk = disk
+        self._is_doubtful = False
         self._frames: dict[_Key, dict[int, tuple[FrameFacts, bytes]]] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -133,22 +150,39 @@ class MemorySpool:
         self._tick()
         frames = self._frames.setdefault((round_num, agent_id, bytes(frame.content_tag)), {})
         if frame.index not in frames:
-            frames[frame.index] = (facts, bytes(frame.body))
-            self._undo.append(lambda: frames.pop(frame.index, None) and None)
+            with self._disk.write():
+                frames[frame.index] = (facts, bytes(frame.body))
+                self._undo.append(lambda: frames.pop(frame.index, None) and None)
 
     def stored(self, round_num: int, agent_id: str, tag: bytes) -> Mapping[int, FrameFacts]:
         return {index: facts for index, (facts, _) in self._frames.get((round_num, agent_id, tag), {}).items()}
 
     def forget(self, round_num: int, agent_id: str, tag: bytes) -> None:
         self._tick()
-        forgotten = self._frames.pop((round_num, agent_id, tag), None)
+        forgotten = self._frames.get((round_num, agent_id, tag))
         if forgotten is not None:
-            self._undo.append(lambda: self._frames.update({(round_num, agent_id, tag): forgotten}))
+            with self._disk.write():
+                del self._frames[round_num, agent_id, tag]
+                self._undo.append(lambda: self._frames.update({(round_num, agent_id, tag): forgotten}))
 
     def sync(self) -> None:
         self._tick()
+        assert not self._is_doubtful, "synced again after a sync that failed, without opening it again"
+        try:
+            with self._disk.write():
+                pass
+        except OSError:
+            self._is_doubtful = True
+            raise
         self._undo.clear()
         self._tick()
+
+    def reopen(self) -> None:
+        self._tick()
+        if self._is_doubtful:
+            with self._disk.write():
+                self.lose_power(0)
+            self._is_doubtful = False
 
     # As the simulation does.
 
@@ -168,12 +202,17 @@ class MemorySpool:
             undo()
         self._undo.clear()
 
+    def restarted(self) -> None:
+        """Another process opens it."""
+        self._is_doubtful = False
+
 
 class MemoryModels:
     """The models by digest."""
 
-    def __init__(self, check: Callable[[Model], None]) -> None:
+    def __init__(self, disk: Disk, check: Callable[[Model], None]) -> None:
         self._models: dict[str, Model] = {}
+        self._disk = disk
         self._check = check
 
     def __len__(self) -> int:
@@ -182,7 +221,8 @@ class MemoryModels:
     def save(self, model: Model) -> str:
         """Keep a model."""
         self._check(model)
-        self._models[model.digest] = model
+        with self._disk.write():
+            self._models[model.digest] = model
         return model.digest
 
     def open(self, digest: str) -> Model:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -104,13 +106,49 @@ def test_a_base_that_is_not_there_breaks_the_aggregation(talk):
     assert f"model {'ab' * 32} is not in" in event.reason
 
 
-def test_a_disk_that_fails_breaks_the_aggregation(talk, monkeypatch):
+def fails_with(number: int) -> Any:
     def fails(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(talk.models, "writer", fails)
+    return fails
+
+
+def test_a_full_disk_is_no_fault_of_the_updates_and_is_raised_as_what_it_is(talk, monkeypatch):
+    """So it costs no attempt: the run waits until there is room."""
+    monkeypatch.setattr(talk.models, "writer", fails_with(errno.ENOSPC))
+    talk.compute.ask(ev.AggregateUpdates(1, talk.base, (talk.update("a", 1.0, 1),)), 0.0)
+    (computed,) = talk.queue.take(BOUND_S)
+    with pytest.raises(OSError, match="No space left on device"):
+        talk.compute.take(computed)
+
+
+def test_an_error_of_the_system_that_will_not_pass_breaks_the_aggregation(talk, monkeypatch):
+    monkeypatch.setattr(talk.models, "writer", fails_with(errno.EBADF))
     event = talk.aggregate(talk.update("a", 1.0, 1))
-    assert event == ev.AggregationBroke("the disk failed: [Errno 28] No space left on device")
+    assert event == ev.AggregationBroke("the disk failed: [Errno 9] Bad file descriptor")
+
+
+def test_what_was_asked_for_before_a_reset_is_told_to_nobody(talk, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    writer = talk.models.writer
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(BOUND_S)
+        return writer(*arguments)
+
+    monkeypatch.setattr(talk.models, "writer", slow)
+    command = ev.AggregateUpdates(1, talk.base, (talk.update("a", 1.0, 1),))
+    talk.compute.ask(command, 0.0)  # under way when the reset comes
+    assert begun.wait(BOUND_S)
+    talk.compute.ask(command, 0.0)  # waits its turn, and is never begun
+    talk.compute.reset()
+    go_on.set()
+    talk.compute.ask(command, 0.0)
+    seen = []
+    while sum(taken is not None for taken in seen) == 0:
+        seen += [talk.compute.take(computed) for computed in talk.queue.take(BOUND_S)]
+    assert [taken is None for taken in seen] == [True, False]
 
 
 def test_a_strategy_that_raises_anything_breaks_the_aggregation_and_not_the_thread(tmp_path):

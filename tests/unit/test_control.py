@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coordinator import run_events as ev
-from coordinator.control import Asked, Closing, Control
+from coordinator.control import Asked, Closing, Control, unsaved
 from coordinator.round import RoundState
 from coordinator.run import RunState
 from tests.machines import Talk, config
@@ -64,6 +66,30 @@ def test_without_a_run_or_before_its_first_round_there_is_nothing_to_close():
     closed = close(talk)
     assert closed.outcome == "nothing"
     assert closed.text == f"nothing to close: {talk.run.status()}"
+
+
+def test_a_run_that_is_set_aside_closes_nothing_and_the_operator_is_told_why():
+    closed = Closing(None, "waiting for the disk for 3 s: No space left on device; trying again in 1 s").result()
+    assert closed.outcome == "nothing"
+    assert closed.text == (
+        "nothing to close: waiting for the disk for 3 s: No space left on device; trying again in 1 s"
+    )
+    assert unsaved(closed, "No space left on device") == closed
+
+
+@pytest.mark.parametrize(("quorum", "outcome"), [(1, "closed"), (2, "abandoned")])
+def test_what_could_not_be_saved_is_not_claimed(quorum, outcome):
+    talk = Talk(config(rounds=2, minimum=3, quorum=quorum))
+    talk.to_collecting("a", "b", "c")
+    talk.update("a")
+    closed = close(talk)
+    assert closed.outcome == outcome
+    told = unsaved(closed, "No space left on device")
+    assert (told.outcome, told.round_num, told.num_updates) == ("failed", 1, 1)
+    assert told.text == (
+        f"not known to be {outcome}: the disk failed as that was to be saved (No space left on device); "
+        "look, and close it again, later"
+    )
 
 
 def test_a_stopped_run_keeps_its_round_and_closes_nothing():

@@ -19,7 +19,7 @@ from coordinator import run_events as ev
 from coordinator.cohort import Change, Fleet
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.models import ModelStore
-from coordinator.run import Run, RunState
+from coordinator.run import Resumed, Run, RunState, Version
 from coordinator.store import AgentRow
 from coordinator.uplink import FrameFacts
 from midge.transport.base import Connected, Disconnected, MessageReceived, Published, SubscriptionDenied
@@ -227,6 +227,21 @@ class Talk:
         for index in indices:
             self.hear(TOPICS.update_frame(agent_id, 0, index), frame(index))
 
+    def update_as_before(self, agent_id: str) -> None:
+        """The same, of an agent that does not know that nobody waits for it any more."""
+        address = {"run_id": RUN_ID, "epoch": EPOCH, "round_num": 1, "attempt": 1}
+        header = UpdateHeader(
+            **address,
+            model_digest=self.base,
+            layout_digest=LAYOUT.digest,
+            update_digest=DIGEST,
+            num_frames=3,
+            num_examples=10,
+            counters=(),
+        )
+        self.say(agent_id, header)
+        self.send_frames(agent_id, 0, 1, 2)
+
     def update(self, agent_id: str) -> None:
         """Header and frames come."""
         self.say(agent_id, self.header())
@@ -366,6 +381,79 @@ def test_a_frame_that_cannot_be_stored_ends_it_before_anything_is_acknowledged(t
     with pytest.raises(OSError, match="No space left"):
         talk.send_frames("a", 0)
     assert talk.transport.take() == []
+
+
+# A disk that fails.
+
+
+def test_a_parked_run_decides_nothing_and_what_comes_meanwhile_is_heard(talk):
+    talk.to_collecting()
+    talk.update("a")
+    talk.store.error = OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        talk.turn()
+    talk.driver.park()
+    talk.come("c")
+    talk.update_as_before("b")
+    talk.driver.handle(Disconnected("gone"), talk.now)
+    talk.driver.handle(Connected("5", 65_536), talk.now)
+    assert (talk.driver.run, talk.driver.is_connected) == (None, True)
+    assert {each.topic for each in talk.transport.take()} == {TOPICS.coordinator}
+    assert set(talk.driver.fleet.agents) == {"a", "b", "c"}
+
+
+def test_what_earlier_turns_left_to_be_saved_is_saved_before_the_run_is_read_again(talk):
+    talk.to_collecting()
+    talk.store.take()
+    talk.say("a", talk.header(attempt=9))  # stale: counted, and saved a moment later
+    talk.turn()
+    waiting = [save for save in talk.store.take() if isinstance(save, ev.SaveTallies)]
+    assert waiting == []
+    talk.update("b")
+    talk.store.error = OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        talk.turn()
+    talk.driver.park()
+    with pytest.raises(OSError):
+        talk.driver.write_waiting(RUN_ID)  # it is kept for the next try
+    talk.store.error = None
+    talk.driver.write_waiting(RUN_ID)
+    saves = talk.store.take()
+    (tallies,) = of_kind(saves, ev.SaveTallies)
+    assert tallies.tallies == {("received", ""): 1, ("late", "stale"): 1}  # and nothing of b's update
+    assert of_kind(saves, ev.SaveUpdate) == []
+    talk.driver.write_waiting(RUN_ID)
+    assert talk.store.take() == []
+
+
+def test_the_observer_is_told_once_of_what_a_failed_write_stored_and_of_what_was_cut_off(talk):
+    talk.to_collecting()
+    talk.say("a", talk.header())  # announced, noted and on its way
+    talk.turn(1.0)
+    talk.observer.notes.clear()
+    talk.driver.park()
+    stored = {("received", ""): 2, ("accepted", ""): 1}  # b's update was accepted by a write that failed in the end
+    resumed = Resumed(version=Version(0, talk.base), layout=LAYOUT, framing=FRAMING, tallies=stored)
+    run = Run(talk.settings, epoch=EPOCH, fleet=talk.driver.fleet, now=talk.now, resumed=resumed)
+    talk.driver.unpark(run, talk.now)
+    assert of_kind(talk.observer.notes, ev.UpdateReceived) == [ev.UpdateReceived("")]
+    settled = [(note.outcome, note.reason) for note in of_kind(talk.observer.notes, ev.UpdateSettled)]
+    assert sorted(settled) == [("accepted", ""), ("late", "restart")]
+
+
+def test_what_is_persisted_is_done_even_where_a_model_cannot_be_read(talk, monkeypatch):
+    """One command fails for the disk; receipts of the same turn say what is stored, and go out."""
+    talk.to_collecting()
+    talk.update("a")
+    talk.driver._commands.insert(0, ev.PublishModel(0, "ab" * 32))
+
+    def fails(digest: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(talk.driver, "_open_model", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        talk.turn()
+    assert set(told(talk.transport.take(), Receipt)) == {"a"}
 
 
 def test_without_an_accepted_update_nothing_is_synced(talk):

@@ -99,7 +99,7 @@ def test_the_rows_ask_the_five_questions_in_order():
         "Who takes part?",
         "Where does the time go?",
         "What was refused and why?",
-        "Is the broker well?",
+        "Are the broker and the disk well?",
     ]
 
 

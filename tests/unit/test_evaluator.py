@@ -137,6 +137,27 @@ def test_the_first_model_is_made_or_its_reason_is_told(talk):
     ]
 
 
+def test_a_first_model_that_cannot_be_stored_is_an_error_of_the_disk_and_not_of_the_task(talk):
+    talk.evaluator.ask(ev.PrepareModel(7), talk.now)
+    with pytest.raises(OSError, match="No space left on device"):
+        talk.says(msg.Failed(request=1, reason="the model cannot be stored", errno=28))
+    talk.evaluator.ask(ev.PrepareModel(7), talk.now)
+    assert talk.says(msg.Made(request=2, digest=version_digest(0))) == [Made(version_digest(0))]
+
+
+def test_after_a_reset_no_answer_to_an_earlier_request_is_taken_for_a_later_ones(talk):
+    talk.ask(1, 2)
+    earlier = talk.child
+    talk.evaluator.reset()
+    assert earlier.is_stopped
+    assert talk.evaluator.deadline() == math.inf
+    talk.ask(3)
+    assert talk.child is not earlier
+    assert talk.says(msg.Evaluated(request=1, score=SCORE), earlier) == []
+    assert talk.dies("killed", earlier) == []
+    assert talk.says(msg.Evaluated(request=3, score=SCORE)) == [ev.ModelEvaluated(3, SCORE)]
+
+
 def test_a_failed_evaluation_is_told_with_its_reason(talk):
     talk.ask(1)
     assert talk.says(msg.Failed(request=1, reason="loss is nan")) == [ev.ModelEvaluated(1, None, "loss is nan")]

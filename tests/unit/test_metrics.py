@@ -47,6 +47,8 @@ def everything_happens(metrics: Metrics, run: str = "a") -> None:
     metrics.invalid_message("control")
     metrics.stale_message("update")
     metrics.queue(7)
+    metrics.disk_failed()
+    metrics.disk_works()
     metrics.committed(run, 1, examples=30, delta_norm=0.5, update_norms=[1.0, 4.0, 2.0])
     for source in ("central", "federated"):
         metrics.evaluated(run, source, 0.25, {"accuracy": 0.75, "a task's own": 3.0})
@@ -183,6 +185,21 @@ def test_messages_count_once_and_their_bytes_add_up(registry, metrics):
     labels = {"federation": "lab", "direction": "in", "kind": "update"}
     assert value(registry, "midge_messages_total", **labels) == 2
     assert value(registry, "midge_traffic_bytes_total", **labels) == 1024
+
+
+def test_a_disk_that_fails_is_shown_for_as_long_as_it_does(registry, metrics):
+    def shown() -> tuple[float | None, float | None]:
+        return (
+            value(registry, "midge_disk_failed", federation="lab"),
+            value(registry, "midge_disk_failures_total", federation="lab"),
+        )
+
+    assert shown() == (0, 0)
+    metrics.disk_failed()
+    metrics.disk_failed()
+    assert shown() == (1, 2)
+    metrics.disk_works()
+    assert shown() == (0, 2)
 
 
 def test_a_state_that_no_agent_is_in_any_more_is_0_again(registry, metrics):

@@ -222,11 +222,85 @@ def test_a_new_segment_has_a_durable_name(tmp_path, monkeypatch):
 
 def test_records_of_a_killed_process_are_synced_by_the_next(spool, monkeypatch, reopened):
     put(spool, "pi-1", 0, [1])
-    again = reopened(spool)
     synced = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
+    again = reopened(spool)
     again.sync()
     assert len(synced) == 1
+
+
+def refuse(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_after_a_sync_that_failed_nothing_is_written_and_no_later_sync_says_that_all_is_well(spool, monkeypatch):
+    """A second sync succeeds though the first one's data are lost: the kernel has dropped them."""
+    put(spool, "pi-1", 0, [1])
+    spool.sync()
+    put(spool, "pi-1", 1, [2])
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        spool.sync()
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="a sync failed; it must be opened again"):
+        spool.sync()
+    with pytest.raises(OSError, match="a sync failed; it must be opened again"):
+        put(spool, "pi-1", 2, [3])
+
+
+def test_opened_again_after_a_sync_that_failed_it_has_what_was_durable_and_no_more(tmp_path, monkeypatch):
+    spool = Spool(tmp_path)
+    segment = spool.round("run-a", 3)
+    put(segment, "pi-1", 0, [1])
+    segment.sync()
+    durable = segment.size_bytes
+    put(segment, "pi-2", 0, [2])
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        segment.sync()
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        spool.reopen()  # the disk still fails
+    monkeypatch.undo()
+    spool.reopen()
+    again = spool.round("run-a", 3)
+    assert again is not segment
+    assert segment.closed
+    assert again.size_bytes == durable
+    assert read(again, "pi-1", 0) == [1]
+    assert not again.stored("pi-2", TAG)
+    assert put(again, "pi-2", 0, [2])
+    again.sync()
+    spool.close()
+
+
+def test_a_segment_that_an_earlier_process_made_is_durable_from_its_opening_on(tmp_path, monkeypatch):
+    """What was accepted before a restart must not be cut off with what came after it."""
+    first = Spool(tmp_path)
+    put(first.round("run-a", 3), "pi-1", 0, [1])
+    first.close()
+    spool = Spool(tmp_path)
+    put(spool.round("run-a", 3), "pi-2", 0, [2])
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        spool.round("run-a", 3).sync()
+    monkeypatch.undo()
+    spool.reopen()
+    assert read(spool.round("run-a", 3), "pi-1", 0) == [1]
+    assert not spool.round("run-a", 3).stored("pi-2", TAG)
+    spool.close()
+
+
+def test_opened_again_after_a_full_disk_it_has_all_that_came(tmp_path, monkeypatch):
+    spool = Spool(tmp_path)
+    put(spool.round("run-a", 3), "pi-1", 0, [1])
+    monkeypatch.setattr(os, "pwritev", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        put(spool.round("run-a", 3), "pi-1", 1, [2])
+    monkeypatch.undo()
+    spool.reopen()
+    assert list(spool.round("run-a", 3).stored("pi-1", TAG)) == [0]
+    spool.close()
 
 
 def test_a_full_disk_leaves_the_segment_as_it_was(spool, path, monkeypatch, reopened):
