@@ -198,6 +198,7 @@ class Driver:
 
         Raises:
             SupersededError: a newer coordinator is at work.
+            OSError: what came cannot be stored: `park`.
         """
         match event:
             case MessageReceived():
@@ -240,7 +241,7 @@ class Driver:
         """End the turn: persist, then act. What acting brings about at once is dealt with too.
 
         Raises:
-            OSError: the disk is full or fails; nothing was sent that depends on what could not be stored.
+            OSError: the disk is full or fails; nothing was sent that depends on what could not be stored: `park`.
         """
         while True:
             if self.run is not None:

@@ -250,7 +250,7 @@ class Service:
 
         Raises:
             SupersededError: a newer coordinator of this federation is at work.
-            OSError: the state directory cannot be written.
+            OSError: the state directory failed, and not in a way that may pass (disk.py).
         """
         if self._http is not None:
             self._http.start()
