@@ -3,23 +3,21 @@
 One loop takes what waits in the queue, a turn at a time, hands it to the driver, and ends the turn with `flush`.
 With nothing to do it turns once a second, so that `/healthz` can tell that it lives.
 
-A disk that fails ends neither the loop nor the run: see disk.py.
+A disk that fails ends neither the loop nor the run: see disk_guard.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
 import math
 import os
 import secrets
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -30,43 +28,35 @@ from coordinator.board import AGENT_ROUNDS, Board, Shared
 from coordinator.compute import Compute, Computed
 from coordinator.config import Settings, differences, run_definition, run_fingerprint, strategy_of
 from coordinator.control import Asked, Closed, Closing, Control, unsaved
-from coordinator.disk import Parking, probe_room, survivable
+from coordinator.disk_guard import DiskGuard
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
 from coordinator.http import Heart, HttpServer, make_app
 from coordinator.metrics import SYS_TOPICS, CollectorRegistry, Metrics
-from coordinator.models import ModelError, ModelStore
+from coordinator.models import ModelStore
 from coordinator.observer import Watch
 from coordinator.resume import resume
 from coordinator.retention import Retention
-from coordinator.round import RoundConfig
 from coordinator.run import FINAL, Run, RunState, Version
 from coordinator.run_config import Resumed, RunConfig
+from coordinator.run_settings import run_config
+from coordinator.run_spool import RunSpool
 from coordinator.spool import Spool
 from coordinator.state_dir import InUseError, lock
 from coordinator.store import Store, StoreError
-from coordinator.strategies import Strategy
 from coordinator.trackers import make_trackers
 from coordinator.tracking import Teller, Tracking, history
-from coordinator.uplink import FrameFacts
 from midge.eventqueue import EventQueue
 from midge.log import log_event
 from midge.transport.address import Address
 from midge.transport.base import TransportEvent, Will
 from midge.transport.mqtt import MqttTransport
-from midge.wire.frames import ELEMENT_BYTES, Frame, plan_framing
+from midge.wire.frames import ELEMENT_BYTES, plan_framing
 from midge.wire.identifiers import task_name
-from midge.wire.messages import TrainingConfig
 from midge.wire.topics import Topics
 
 _log = logging.getLogger("coordinator")
 _LONGEST_WAIT_S = 1.0
-_DISK_EVERY_S = 10.0
-_LEAST_ROOM_BYTES = 8 << 20
-"""A run that waits for the disk goes on once this and a model can be written: extents of the spool, the database's log."""
-_LEAST_FREE_BYTES = 64 << 20
-"""With less room than this in the state directory, the coordinator is not ready."""
-
 
 _Event = TransportEvent | EvaluatorSpoke | Computed | Asked
 
@@ -114,10 +104,8 @@ class Service:
         self._base_digest = ""
         self._stop_asked = False
         self._to_answer: list[tuple[Future[Closed], Closed]] = []
-        self._parking = Parking()
         self._config: RunConfig | None = None
         self._idle_status = "no run"
-        self._look_at_disk_at = -math.inf
         topics = Topics(settings.federation)
         self._run_spool = RunSpool(self._spool)
         epoch = self.store.raise_epoch()
@@ -142,6 +130,9 @@ class Service:
             instance=instance,
             broker_topics=tuple(SYS_TOPICS),
         )
+        self._guard = DiskGuard(
+            self._state_dir, self.store, self._spool, self._driver, self._watch, self._let_go, self._go_on
+        )
         self._http = None
         if serve_http:
             control = Control(self.queue.put)
@@ -156,7 +147,7 @@ class Service:
     @property
     def state(self) -> RunState | None:
         """Where the run stands; None where there is none."""
-        if self._config is not None and self._parking.is_parked:
+        if self._config is not None and self._guard.is_parked:
             return RunState.STOPPED if self._stop_asked else RunState.WAITING
         return self._driver.run.state if self._driver.run else None
 
@@ -201,7 +192,7 @@ class Service:
                 rounds=settings.rounds,
             )
         strategy = strategy_of(settings)
-        config = self._config = _run_config(run_id, settings, strategy)
+        config = self._config = run_config(run_id, settings, strategy)
         resumed = resume(self.store, self.models, run_id)
         self._compute = Compute(
             run_id,
@@ -217,7 +208,7 @@ class Service:
             download=settings.download,
             base_digest=self._base_digest,
         )
-        self._run_spool.run_id = run_id
+        self._run_spool.run_id = self._guard.run_id = run_id
         if resumed is not None:
             self._compute.framing = resumed.framing
             # Another run may have had the broker forget this one: it is about to be published again.
@@ -275,14 +266,14 @@ class Service:
         deadline = min(
             self._driver.run.deadline() if self._driver.run else math.inf,
             self._compute.deadline() if self._compute else math.inf,
-            self._driver.deadline() if not self._parking.is_parked else self._parking.retry_at,
+            self._guard.retry_at if self._guard.is_parked else self._driver.deadline(),
             now + _LONGEST_WAIT_S,
         )
         for event in self.queue.take(max(0.0, deadline - now)):
-            self._outlive(functools.partial(self._dispatch, event))
-        self._outlive(self._unpark if self._parking.is_parked else self._end_turn)
+            self._guard.outlive(functools.partial(self._dispatch, event))
+        self._guard.outlive(self._try_again if self._guard.is_parked else self._end_turn)
         self._answer()
-        self._look_at_disk()
+        self.heart.problem = self._guard.problem()
         self.heart.beat()
         self.heart.network_is_stuck = not self._transport.healthy
         run = self._driver.run
@@ -306,57 +297,26 @@ class Service:
         self._to_answer = []
 
     def _status(self) -> str:
-        if self._parking.is_parked:
-            return self._parking.status(time.monotonic())
+        if self._guard.is_parked:
+            return self._guard.status()
         return self._driver.run.status() if self._driver.run else self._idle_status
 
-    # When the disk fails.
+    # When the disk fails: see disk_guard.py.
 
-    def _outlive(self, work: Callable[[float], None]) -> None:
-        """Do a part of a turn; where the disk fails, park the run, and go on with the next part."""
-        now = time.monotonic()
-        try:
-            work(now)
-        except OSError as error:
-            if not survivable(error):
-                raise
-            self._park(error, now)
-
-    def _park(self, error: OSError, now: float) -> None:
-        self._driver.park()
+    def _let_go(self, reason: str) -> None:
         self._made = None
         if self._compute is not None:
             self._compute.reset()
-        if self._parking.failed(_said(error), now):
-            log_event(
-                _log, logging.ERROR, "the disk fails; the run waits", run=self.run_id, reason=self._parking.reason
-            )
-        self._to_answer = [(answer, unsaved(closed, self._parking.reason)) for answer, closed in self._to_answer]
-        self._watch.parked(self._parking.reason)
-        self._look_at_disk_at = -math.inf
+        self._to_answer = [(answer, unsaved(closed, reason)) for answer, closed in self._to_answer]
 
-    def _unpark(self, now: float) -> None:
-        """Try whether it can be written again; if so, make the run anew from what is stored, as a restart does."""
-        if now < self._parking.retry_at:
-            return
+    def _try_again(self, now: float) -> None:
         framing = self._compute.framing if self._compute is not None else None
-        model_bytes = framing.num_elements * ELEMENT_BYTES if framing is not None else 0
-        probe_room(self._state_dir, _LEAST_ROOM_BYTES + model_bytes)
-        self.store.probe()
-        self._spool.reopen()
-        self._driver.write_waiting(self.run_id)
+        self._guard.try_again(now, framing.num_elements * ELEMENT_BYTES if framing is not None else 0)
+
+    def _go_on(self, now: float) -> None:
         if self._config is not None:
-            try:
-                resumed = resume(self.store, self.models, self.run_id)
-            except (ModelError, StoreError) as error:  # what the disk holds is not what was written to it
-                raise OSError(errno.EIO, str(error)) from None
+            resumed = resume(self.store, self.models, self.run_id)
             self._driver.unpark(self._make_run(self._config, resumed), now)
-        parked_s = round(self._parking.resumed(now), 1)
-        log_event(
-            _log, logging.INFO, "the disk can be written again; the run goes on", run=self.run_id, parked_s=parked_s
-        )
-        self._watch.unparked(parked_s)
-        self._look_at_disk_at = -math.inf
 
     # What a turn does.
 
@@ -376,7 +336,7 @@ class Service:
                     self._driver.step(computed, now)
             case Asked():
                 self._stop_asked = self._stop_asked or isinstance(event.event, ev.StopAsked)
-                closing = Closing(self._driver.run, self._status() if self._parking.is_parked else "there is no run")
+                closing = Closing(self._driver.run, self._status() if self._guard.is_parked else "there is no run")
                 self._driver.step(event.event, now)
                 if event.answer is not None:
                     self._to_answer.append((event.answer, closing.result()))
@@ -412,22 +372,6 @@ class Service:
         self.store.set_framing(self.run_id, framing.frame_elements, framing.num_frames)
         self._compute.framing = framing
         self._driver.step(ev.ModelPrepared(made.digest, layout, framing), now)
-
-    def _look_at_disk(self) -> None:
-        now = time.monotonic()
-        if now < self._look_at_disk_at:
-            return
-        self._look_at_disk_at = now + _DISK_EVERY_S
-        if self._parking.is_parked:
-            self.heart.problem = f"the state directory cannot be written: {self._parking.reason}"
-            return
-        try:
-            free_bytes = shutil.disk_usage(self._state_dir).free
-        except OSError as error:
-            self.heart.problem = _said(error)
-            return
-        short = free_bytes < _LEAST_FREE_BYTES
-        self.heart.problem = f"{self._state_dir}: {free_bytes >> 20} MB are free; make room" if short else ""
 
     def _keep_house(self) -> None:
         run = self._driver.run
@@ -512,7 +456,7 @@ class Service:
                 )
 
     def _show_done(self, run_id: str) -> None:
-        config = _run_config(run_id, self.settings, strategy_of(self.settings))
+        config = run_config(run_id, self.settings, strategy_of(self.settings))
         self._show_run(config, "is done")
         with self.shared.lock:
             board = self.shared.board
@@ -536,36 +480,6 @@ class Service:
         os.close(self._lock_fd)
 
 
-class RunSpool:
-    """The spool as the driver wants it: of the current run."""
-
-    def __init__(self, spool: Spool) -> None:
-        self.run_id = ""
-        self._spool = spool
-        self._dirty: set[int] = set()
-
-    def store(self, round_num: int, agent_id: str, payload: bytes, frame: Frame, facts: FrameFacts) -> None:
-        """See `SpoolLike.store`."""
-        segment = self._spool.round(self.run_id, round_num)
-        segment.append(agent_id, payload, facts.body_digest, facts.delta_sum_squares, frame=frame)
-        self._dirty.add(round_num)
-
-    def stored(self, round_num: int, agent_id: str, tag: bytes) -> Mapping[int, FrameFacts]:
-        """See `SpoolLike.stored`."""
-        frames = self._spool.round(self.run_id, round_num).stored(agent_id, tag)
-        return {index: FrameFacts(frame.body_digest, frame.delta_sum_squares) for index, frame in frames.items()}
-
-    def forget(self, round_num: int, agent_id: str, tag: bytes) -> None:
-        """See `SpoolLike.forget`."""
-        self._spool.round(self.run_id, round_num).forget(agent_id, tag)
-
-    def sync(self) -> None:
-        """See `SpoolLike.sync`."""
-        for round_num in self._dirty:
-            self._spool.round(self.run_id, round_num).sync()
-        self._dirty.clear()
-
-
 class _LateCompute:
     """Passes on to the service's `Compute`, which is made with the run, after the driver."""
 
@@ -576,50 +490,6 @@ class _LateCompute:
         compute = self._service._compute  # noqa: SLF001  one class in two parts
         assert compute is not None
         compute.ask(command, now)
-
-
-def _said(error: OSError) -> str:
-    what = error.strerror or str(error)
-    return f"{error.filename}: {what}" if error.filename and error.strerror else what
-
-
-def _run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig:
-    quorum, one = settings.needed_updates, strategy.in_turn
-    training = TrainingConfig(
-        local_epochs=settings.local_epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        momentum=settings.momentum,
-        extra=dict(settings.task_options),
-    )
-    return RunConfig(
-        run_id=run_id,
-        task=task_name(settings.task),
-        rounds=settings.rounds,
-        seed=settings.seed,
-        round=RoundConfig(
-            target=1 if one else settings.cohort,
-            minimum=1 if one else max(settings.min_agents, quorum),
-            quorum=1 if one else quorum,
-            over_select=1.0 if one else settings.over_select,
-            selection_deadline_s=settings.selection_deadline_s,
-            acceptance_deadline_s=settings.acceptance_deadline_s,
-            report_deadline_s=settings.round_deadline_s,
-            in_turn=one,
-            visit_order=settings.visit_order,
-        ),
-        training=strategy.training(training),
-        min_agents=max(settings.min_agents, quorum),
-        start_agents=settings.start_agents,
-        labels=dict(settings.select),
-        start_deadline_s=settings.start_deadline_s,
-        max_attempts=settings.max_attempts,
-        max_examples=settings.max_examples,
-        norm_bound=settings.norm_bound,
-        evaluate=settings.evaluate,
-        best_metric=settings.best_metric,
-        best_is_max=settings.best_mode == "max",
-    )
 
 
 def _lock(state_dir: Path) -> int:

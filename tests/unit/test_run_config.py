@@ -1,13 +1,13 @@
 """From the settings to what the run's machine and the agents are told, by strategy."""
 
+from coordinator import run_settings
 from coordinator.config import Settings, strategy_of
-from coordinator.service import _run_config
 from midge.wire.messages import TrainingConfig
 
 
 def run_config(**settings):
     given = Settings(**settings)
-    return _run_config("r1", given, strategy_of(given))
+    return run_settings.run_config("r1", given, strategy_of(given))
 
 
 def test_a_cohort_waits_for_its_least_agents_in_every_round():
