@@ -6,6 +6,7 @@ What an agent says of itself reaches terminals through the board: there, as in t
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 from coordinator import run_events as ev
@@ -133,6 +134,15 @@ class Watch:
         self._metrics.disk_works()
         with self._shared.lock:
             self._shared.board.add_event(f"the disk can be written again after {parked_s:.0f} s")
+
+    def catch_up(self, saves: Sequence[ev.Save]) -> None:
+        """Be told of what a write stored that then failed: who was told of it already sees no difference."""
+        for save in saves:
+            if isinstance(save, ev.SaveEvaluation):
+                view = self._shared.board.round_view(save.round_num)
+                if getattr(view, save.source) is not None:
+                    continue
+            self.saved(save)
 
     def look(self, status: str, num_missing: int, queue_bytes: int) -> None:
         """Once a turn: what the run says of itself."""

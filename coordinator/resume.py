@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator import run_events as ev
 from coordinator.models import ModelStore
 from coordinator.round import RoundState
 from coordinator.run import Resumed, Version
@@ -9,6 +10,7 @@ from coordinator.store import Store
 from midge.wire.frames import Framing, plan_framing
 
 _MAX_UNEVALUATED = 2
+_TOLD = ("num_updates", "num_examples", "delta_norm", "duration_s", "attempts")
 
 
 def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
@@ -45,3 +47,18 @@ def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
         best=best,
         tallies=store.tallies(run_id),
     )
+
+
+def lately_stored(store: Store, run_id: str) -> list[ev.Save]:
+    """What the last write may have stored that others are told of, in order: the last version, scores, updates around it."""
+    versions = store.versions(run_id)
+    saves: list[ev.Save] = [
+        ev.SaveVersion(row["round_num"], row["digest"], row["parent"], **{key: row[key] for key in _TOLD})
+        for row in versions[-1:]
+    ]
+    for row in versions[-_MAX_UNEVALUATED:]:
+        scored = [source for source in ("central", "federated") if row[source] is not None]
+        saves += [ev.SaveEvaluation(row["round_num"], source, row[source]) for source in scored]
+    for round_num in (len(versions) - 1, len(versions)):
+        saves += [ev.SaveUpdate(round_num, update) for update in store.updates(run_id, round_num)]
+    return saves

@@ -35,7 +35,7 @@ from coordinator.http import Heart, HttpServer, make_app
 from coordinator.metrics import SYS_TOPICS, CollectorRegistry, Metrics
 from coordinator.models import ModelStore
 from coordinator.observer import Watch
-from coordinator.resume import resume
+from coordinator.resume import lately_stored, resume
 from coordinator.retention import Retention
 from coordinator.run import FINAL, Run, RunState, Version
 from coordinator.run_config import Resumed, RunConfig
@@ -316,6 +316,7 @@ class Service:
     def _go_on(self, now: float) -> None:
         if self._config is not None:
             resumed = resume(self.store, self.models, self.run_id)
+            self._watch.catch_up(lately_stored(self.store, self.run_id))
             self._driver.unpark(self._make_run(self._config, resumed), now)
 
     # What a turn does.

@@ -327,3 +327,17 @@ def test_an_agents_report_is_on_the_board_and_in_the_metrics_until_it_is_gone_or
     watched.tell([ev.RunChanged("done", "")])
     assert watched.of_run("midge_agent_update_norm", agent_id="a") is None
     assert watched.board.agent_rounds["a"][1] == report
+
+
+def test_what_is_told_again_after_a_write_that_failed_changes_only_what_was_missed(caplog):
+    watched = Watched()
+    told: list[ev.Save] = [ev.SaveVersion(1, version_digest(1), None, 2, 20), ev.SaveEvaluation(1, "central", SCORE)]
+    for save in told:
+        watched.watch.saved(save)
+    before = watched.shared.snapshot()
+    with caplog.at_level(logging.INFO, "coordinator"):
+        watched.watch.catch_up(told)
+    assert watched.shared.snapshot() == before
+    assert caplog.records == []
+    watched.watch.catch_up([*told, ev.SaveVersion(2, version_digest(2), None, 3, 30)])
+    assert watched.board.history[2].num_updates == 3

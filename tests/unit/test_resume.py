@@ -9,7 +9,7 @@ import pytest
 
 from coordinator import run_events as ev
 from coordinator.models import ModelError, ModelStore
-from coordinator.resume import resume
+from coordinator.resume import lately_stored, resume
 from coordinator.round import MemberState, RoundState
 from coordinator.run import Resumed, Version
 from coordinator.store import Store
@@ -160,3 +160,18 @@ def test_the_server_state_of_the_last_version_comes_back_with_it(disk):
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ModelError, match=state):
         disk.resumed()
+
+
+def test_what_a_write_stored_that_failed_is_found_to_be_told_to_others(disk):
+    assert lately_stored(disk.store, disk.run_id) == []
+    digests = [disk.version(round_num, evaluated=round_num < 2) for round_num in range(3)]
+    updates = [
+        ev.AcceptedUpdate(agent_id, 1, digest(agent_id), 10, (), 1.0, 2.0, {"loss": 0.5}) for agent_id in ("a", "b")
+    ]
+    disk.store.save(disk.run_id, [ev.SaveUpdate(2, updates[0]), ev.SaveUpdate(3, updates[1])])
+    assert lately_stored(disk.store, disk.run_id) == [
+        ev.SaveVersion(2, digests[2], None),
+        ev.SaveEvaluation(1, "central", SCORE),
+        ev.SaveUpdate(2, updates[0]),
+        ev.SaveUpdate(3, updates[1]),
+    ]
