@@ -14,7 +14,7 @@ import time
 import pytest
 
 from tests.broker import tasks
-from tests.broker.federation import Federation, Program, call_json, federated, wait_until
+from tests.broker.federation import Federation, Program, call, call_json, federated, wait_until
 from tests.broker.test_restart import into_the_middle_of
 
 LIMIT_BYTES = 400_000
@@ -75,6 +75,9 @@ def test_a_coordinator_whose_disk_is_full_in_mid_round_waits_and_goes_on_when_th
     assert coordinator.log().count("the disk fails; the run waits") == 1
     assert "Traceback" not in coordinator.log()
     assert federation.updates(2).keys() == {"agent-0"}  # what was accepted stays so
+    closed = call("coordinator", "round", "close", "--state-dir", str(federation.state_dir()))
+    assert closed.returncode == 1
+    assert closed.stdout.startswith("nothing to close: waiting for the disk for ")
 
     lift_limit(coordinator)
     assert coordinator.wait() == 0

@@ -11,6 +11,9 @@ import tarfile
 from tests.broker import tasks
 from tests.broker.federation import call, call_json, wait_until
 from tests.broker.test_restart import BATCHES, digests, into_the_middle_of, undisturbed
+from tests.broker.test_strategies import fedadam_in_numpy, flat
+
+KEPT_OF_ROUND_2 = {"agent-0.2.safetensors", "agent-1.2.safetensors"}
 
 
 def verified(path) -> dict:
@@ -97,6 +100,41 @@ def test_a_copy_of_a_round_under_way_goes_on_and_commits_above_every_epoch_that_
     looker.transport.subscribe(["midge/1/test/agent/+/presence"])
     looker.sync()
     assert set(presences(looker, federation).values()) == {federation.epoch("copy")}
+
+
+def test_what_a_strategy_remembers_base_models_and_agents_models_are_in_a_copy_that_goes_on(mosquitto, make_federation):
+    federation = make_federation(mosquitto.url)
+    settings = {"rounds": 4, "min_agents": 2, "strategy": "fedadam", "learning_rate": 0.05}
+    pushed = call(
+        *("coordinator", "models", "push", "spare", "--task", "tests.broker.tasks:linear", "--seed", "7"),
+        *("--state-dir", str(federation.state_dir())),
+    )
+    assert pushed.returncode == 0, pushed.stderr
+    federation.hold("agent-1", training=3)
+    federation.start_agents(2)
+    coordinator = federation.start_coordinator(**settings, keep_agent_models="true")
+    into_the_middle_of(federation, 3, coordinator)
+    kept = federation.state_dir() / "agent-models" / federation.run_id()
+    wait_until(lambda: {path.name for path in kept.iterdir()} == KEPT_OF_ROUND_2, "both agents' models are kept")
+    beside = verified(federation.state_dir())
+    assert (beside["models"], beside["agent_models"], beside["is_running"]) == (5, 2, True)  # 0 to 2, a state, spare
+    copy = federation.state_dir("copy")
+    made = call_json("coordinator", "backup", str(federation.state_dir()), "--to", str(copy))
+    assert (made["models"], made["agent_models"]) == (5, 2)
+    coordinator.kill()
+
+    repaired = call_json("coordinator", "verify", str(copy), "--repair")
+    assert (repaired["findings"], repaired["removed"]) == ([], [])
+    (base,) = json.loads(call("coordinator", "models", "bases", "--state-dir", str(copy), "--json").stdout)
+    assert (base["name"], (copy / "models" / f"{base['digest']}.safetensors").exists()) == ("spare", True)
+    again = federation.start_coordinator(state="copy", **settings, keep_agent_models="true")
+    again.wait_for_log("run goes on")
+    federation.release("agent-1")
+    assert again.wait() == 0
+    for round_num, expected in enumerate(fedadam_in_numpy(2, 4)):
+        assert flat(federation.model(round_num, "copy")).tobytes() == flat(expected).tobytes(), round_num
+    after = call_json("coordinator", "verify", str(copy), "--repair")
+    assert (after["findings"], after["agent_models"], after["versions"]) == ([], 2, 5)
 
 
 def test_a_copy_is_brought_back_after_the_broker_lost_everything_too(mosquitto, make_federation, tmp_path):
