@@ -35,7 +35,7 @@ from coordinator.store import DATABASE, Store, StoreError
 from midge.tasks.base import DataSpec, State, Task, TrainSpec, seed_of
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
 _TAIL_LINES = 40
 
 T = TypeVar("T")
