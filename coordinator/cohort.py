@@ -47,14 +47,21 @@ class Agent:
         """Why it cannot take part in a run of `task` among agents with `labels`; empty where it can."""
         if self.state is not AgentState.ONLINE:
             return f"is {self.state}"
+        misfit = self.misfit(task)
+        if misfit:
+            return misfit
+        lacking = [f"{key}={value}" for key, value in labels.items() if self.presence.labels.get(key) != value]
+        return f"lacks the label {', '.join(lacking)}" if lacking else ""
+
+    def misfit(self, task: str) -> str:
+        """What of it, as it was started, keeps it out of every run of `task`; empty where nothing does."""
         if self.presence.protocol != PROTOCOL:
             return (
                 f"speaks protocol {self.presence.protocol}, this coordinator {PROTOCOL}: install the same Midge on both"
             )
         if self.presence.task != task:
             return f"was started with --task {self.presence.task}, the run's task is {task}"
-        lacking = [f"{key}={value}" for key, value in labels.items() if self.presence.labels.get(key) != value]
-        return f"lacks the label {', '.join(lacking)}" if lacking else ""
+        return ""
 
 
 class Fleet:
@@ -95,6 +102,11 @@ class Fleet:
     def available(self, task: str, labels: Mapping[str, str]) -> frozenset[str]:
         """The agents that could take part in a run of `task` now."""
         return frozenset(agent_id for agent_id, agent in self.agents.items() if not agent.problem(task, labels))
+
+    def misfits(self, task: str) -> dict[str, str]:
+        """Why agents that are here can take no part in a run of `task`, by agent, in order of their ids."""
+        here = (agent for _, agent in sorted(self.agents.items()) if agent.state is AgentState.ONLINE)
+        return {agent.agent_id: misfit for agent in here if (misfit := agent.misfit(task))}
 
     def count(self) -> dict[AgentState, int]:
         """How many agents are in each state."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from coordinator import run_events as ev
 from coordinator.board import AgentView, Shared
-from coordinator.cohort import AgentState, Change, Fleet
+from coordinator.cohort import Agent, AgentState, Change, Fleet
 from coordinator.metrics import Metrics
 from coordinator.round import MemberState
 from coordinator.tracking import Tracking
@@ -45,6 +45,7 @@ class Watch:
         self._metrics = metrics
         self._shared = shared
         self._fleet = Fleet()
+        self._misfits: dict[str, str] = {}
         self.tracking: Tracking | None = None
         """What experiment trackers are told; None where there is none."""
 
@@ -108,8 +109,26 @@ class Watch:
                 self._metrics.forget_agent(agent_id)
             elif view.activity == "offline":
                 view.activity = "idle"
+            if change in (Change.CAME, Change.RESTARTED):
+                view.detail = self._judge(agent)
         if change is not None:
             log_event(_log, logging.INFO, f"agent {change}", agent=agent_id, task=agent.presence.task)
+
+    def _judge(self, agent: Agent) -> str:
+        """Why an agent that is here can take no part in the run; the log has it once for each reason."""
+        task = self._shared.board.task
+        misfit = _printable(agent.misfit(task)) if task else ""
+        if misfit and self._misfits.get(agent.agent_id) != misfit:
+            log_event(
+                _log,
+                logging.WARNING,
+                "agent cannot take part",
+                run=self.run_id,
+                agent=agent.agent_id,
+                detail=f"it {misfit}",
+            )
+        self._misfits[agent.agent_id] = misfit
+        return misfit
 
     def broker_says(self, topic: str, payload: bytes) -> None:
         """See `Observer.broker_says`."""

@@ -46,6 +46,8 @@ _HEARD_WITHIN_S = 60.0
 """Whoever is not heard of for so long after our connection was lost may have died meanwhile, its will lost with the broker."""
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
+_NUM_MISFITS = 3
+"""Of so many agents that are here and cannot take part, a status line gives the reason."""
 
 
 class RunState(enum.StrEnum):
@@ -199,11 +201,14 @@ class Run:
                 return f"attempt {self._num_attempts} failed; trying again in {self._pause_until - self.now:.0f} s"
             case RunState.WAITING if not self._started:
                 there = f"{self.num_available} of {self.config.num_to_start} are there"
-                return f"waiting for agents: {there} (at most {max(0.0, self._starts_by - self.now):.0f} s)"
+                left = f"at most {max(0.0, self._starts_by - self.now):.0f} s"
+                return f"waiting for agents: {there}{self._misfits()} ({left})"
             case RunState.WAITING:
                 return f"waiting for the evaluation of round {min(self.scoring.owed, default=0)}"
             case RunState.IN_ROUND if self.attempt is not None:
-                return f"round {self.current_round} of {self.config.rounds}: {self.attempt.round.status(self.now)}"
+                selecting = self.attempt.round.state is RoundState.SELECTING
+                said = self.attempt.round.status(self.now) + (self._misfits() if selecting else "")
+                return f"round {self.current_round} of {self.config.rounds}: {said}"
             case RunState.FINISHING:
                 return "evaluating the final model"
             case RunState.DONE:
@@ -452,7 +457,7 @@ class Run:
             came = f"{self.num_available} of {self.config.num_to_start} agents came {within}"
             setting = "start_agents" if self.config.start_agents == self.config.num_to_start else "min_agents"
             cure = f"start more agents, or lower {setting}" if self._connected else "the broker cannot be reached"
-            self._end(RunState.FAILED, f"{came}; {cure}")
+            self._end(RunState.FAILED, f"{came}; {cure}{self._misfits()}")
 
     def _may_fail_to_start(self) -> bool:
         return not self._started and self.state is RunState.WAITING
@@ -558,6 +563,13 @@ class Run:
     def _forget_publication(self) -> None:
         self._published = False
         self._publishing_since = None
+
+    def _misfits(self) -> str:
+        """Who is here and cannot take part as it was started: without it, a wait for agents that are there has no reason."""
+        misfits = self.fleet.misfits(self.config.task)
+        said = [f"; {agent_id} {misfit}" for agent_id, misfit in list(misfits.items())[:_NUM_MISFITS]]
+        more = len(misfits) - len(said)
+        return "".join(said) + (f"; and {more} more" if more else "")
 
     def _available(self) -> frozenset[str]:
         available = self.fleet.available(self.config.task, self.config.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from edge_agent.config import Settings
 from edge_agent.journal import Journal, JournalError, JournalInUseError
 from midge import PROTOCOL, __version__
 from midge.eventqueue import EventQueue
+from midge.settings.words import plain_name
 from midge.transport.address import Address
 from midge.transport.base import (
     Connected,
@@ -26,9 +29,11 @@ from midge.transport.base import (
 )
 from midge.transport.mqtt import MqttTransport
 from midge.wire.errors import WireError
+from midge.wire.identifiers import task_name
 from midge.wire.messages import CoordinatorStatus, Head, Progress, decode, encode
 from midge.wire.topics import Topics
 
+_M = TypeVar("_M", CoordinatorStatus, Head)
 _LISTEN_S = 1.0
 _COPIES = 6
 """A round holds about so many copies of a model in memory at once: global, local, gradients, momentum, update, slack."""
@@ -119,6 +124,7 @@ def _examine_topics(
         yield Finding("topics", is_well=True, text=f"can publish and read in federation {settings.federation}")
     messages = [event for event in events if isinstance(event, MessageReceived)]
     yield _examine_coordinator(messages, topics)
+    yield from _examine_task(messages, settings, topics)
     yield _examine_memory(messages, settings)
 
 
@@ -137,18 +143,40 @@ def _examine_coordinator(messages: list[MessageReceived], topics: Topics) -> Fin
     return Finding("coordinator", is_well=True, text="none was ever seen here; an agent waits for it")
 
 
+def _examine_task(messages: list[MessageReceived], settings: Settings, topics: Topics) -> Iterator[Finding]:
+    """Compare the agent's task with those of the coordinator that is online; nothing where it has published no run."""
+    statuses = _decoded(messages, CoordinatorStatus, topics.coordinator)
+    epochs = {status.epoch for status in statuses if status.online}
+    heads = [head for head in _decoded(messages, Head, "/head") if head.epoch in epochs]
+    if not heads:
+        return
+    own = task_name(settings.task)
+    for head in heads:
+        if head.task == own:
+            yield Finding("run", is_well=True, text=f"{head.run_id} has this agent's task")
+            return
+    run_id, task = heads[0].run_id, plain_name(heads[0].task)
+    text = f"{run_id} has task {task}, this agent {own}, so it would never be invited: start it with the run's --task"
+    yield Finding("run", is_well=False, text=text)
+
+
+def _decoded(messages: list[MessageReceived], kind: type[_M], ending: str) -> list[_M]:
+    """The messages whose topics end so; without those that cannot be read, which others complain about."""
+    found: list[_M] = []
+    for message in messages:
+        with contextlib.suppress(WireError):
+            found += [decode(message.payload, kind)] if message.topic.endswith(ending) else []
+    return found
+
+
 def _examine_memory(messages: list[MessageReceived], settings: Settings) -> Finding:
     available_mb = _available_mb()
     if settings.max_memory_mb:
         available_mb = min(available_mb, settings.max_memory_mb)
-    heads = [message for message in messages if message.topic.endswith("/head")]
-    for message in heads:
-        try:
-            head = decode(message.payload, Head)
-        except WireError:
-            continue
+    for head in _decoded(messages, Head, "/head"):
         needed_mb = _COPIES * 4 * sum(t.num_elements for t in head.layout if t.is_float) / 2**20
-        text = f"the model of {head.run_id} needs about {needed_mb:.0f} MB, {available_mb} MB are there"
+        needed = f"about {needed_mb:.0f} MB" if needed_mb >= 1 else "less than 1 MB"
+        text = f"the model of {head.run_id} needs {needed}, {available_mb} MB are there"
         return Finding("memory", is_well=needed_mb <= available_mb, text=text)
     return Finding("memory", is_well=True, text=f"{available_mb} MB are there; no model is published yet")
 

@@ -118,6 +118,16 @@ def test_what_keeps_an_agent_from_taking_part_is_said(changes: dict[str, object]
     assert made.agents["a"].problem(TASK, {"site": "north"}) == problem
 
 
+def test_misfits_are_agents_that_are_here_and_were_started_for_another_run():
+    made = Fleet()
+    made.hear("zed", presence(task="mnist"), retained=False)
+    made.hear("old", presence(protocol=PROTOCOL - 1), retained=False)
+    made.hear("south", presence(labels={"site": "south"}), retained=False)  # left out by a choice of the operator
+    made.hear("away", presence(task="mnist"), retained=True)
+    assert list(made.misfits(TASK)) == ["old", "zed"]
+    assert made.misfits(TASK)["zed"] == "was started with --task mnist, the run's task is digits"
+
+
 def test_an_agent_that_is_away_says_so_first():
     made = fleet(a="1")
     made.hear("a", WILL, retained=False)

@@ -37,11 +37,11 @@ def status(*, online: bool = True, protocol: int = PROTOCOL) -> bytes:
     return encode(CoordinatorStatus(online=online, epoch=1, instance="i", protocol=protocol, version="0.9"))
 
 
-def head(num_elements: int) -> bytes:
+def head(num_elements: int, task: str = "tests.unit.tiny_tasks:tiny", epoch: int = 1) -> bytes:
     return encode(
         Head(
             run_id="digits-1",
-            epoch=1,
+            epoch=epoch,
             round_num=0,
             slot=0,
             model_digest="ab" * 32,
@@ -49,7 +49,7 @@ def head(num_elements: int) -> bytes:
             frame_elements=16_384,
             codec="float32",
             counters=(),
-            task="digits",
+            task=task,
         )
     )
 
@@ -136,6 +136,7 @@ def test_where_all_is_well_each_thing_is_looked_at_and_says_so(broker, settings)
         "broker",
         "topics",
         "coordinator",
+        "run",
         "memory",
         "torch",
         "task and data",
@@ -216,6 +217,31 @@ def test_a_model_that_needs_more_memory_than_is_allowed_is_not_well(broker, sett
     assert (finding.is_well, finding.text) == (False, "the model of digits-1 needs about 60 MB, 59 MB are there")
     enough = Settings(agent_id="pi-1", federation="lab", state_dir=str(tmp_path), max_memory_mb=60)
     assert looked(enough)["memory"].is_well
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_a_run_of_another_task_is_not_well_since_the_agent_would_never_be_invited(broker, settings):
+    broker.retained = {COORDINATOR: status(), HEAD: head(10, task="two_workers.py")}
+    finding = looked(settings)["run"]
+    assert not finding.is_well
+    assert finding.text.startswith("digits-1 has task two_workers.py, this agent tests.unit.tiny_tasks:tiny, so ")
+    broker.retained = {COORDINATOR: status(), HEAD: head(10)}
+    assert looked(settings)["run"] == Finding("run", is_well=True, text="digits-1 has this agent's task")
+
+
+@pytest.mark.usefixtures("without_processes")
+@pytest.mark.parametrize("said", [status(online=False), b"garbage"])
+def test_a_head_that_an_earlier_coordinator_left_says_nothing_of_the_run(broker, settings, said):
+    broker.retained = {COORDINATOR: said, HEAD: head(10, task="another")}
+    assert "run" not in looked(settings)
+    broker.retained = {COORDINATOR: status(), HEAD: head(10, task="another", epoch=0)}
+    assert "run" not in looked(settings)
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_a_small_model_does_not_need_nothing(broker, settings):
+    broker.retained = {HEAD: head(10)}
+    assert looked(settings)["memory"].text.startswith("the model of digits-1 needs less than 1 MB, ")
 
 
 @pytest.mark.usefixtures("without_processes")

@@ -292,6 +292,21 @@ def test_however_long_it_watches_the_board_stays_bounded(watched):
     assert (len(board.history), len(board.events), len(board.agents)) == (HISTORY, 50, 0)
 
 
+def test_an_agent_of_another_task_is_shown_with_its_task_and_warned_of_once(watched, caplog):
+    watched.board.task = "digits"
+    fleet = Fleet()
+    with caplog.at_level(logging.WARNING, "coordinator"):
+        watched.hear(fleet, "zed", task="mnist")
+        watched.hear(fleet, "zed", task="mnist")
+        watched.hear(fleet, "zed", task="mnist", incarnation="2")
+        watched.hear(fleet, "a", task="digits")
+    assert [record.getMessage() for record in caplog.records] == ["agent cannot take part"]
+    assert watched.board.agents["zed"].detail == "was started with --task mnist, the run's task is digits"
+    assert watched.board.agents["a"].detail == ""
+    watched.hear(fleet, "zed", task="digits", incarnation="3")
+    assert watched.board.agents["zed"].detail == ""
+
+
 def test_every_change_of_an_agent_is_one_line_in_the_log(watched, caplog):
     fleet = Fleet()
     with caplog.at_level(logging.INFO, "coordinator"):

@@ -168,6 +168,32 @@ def test_a_run_to_which_nobody_comes_fails_at_its_start_deadline():
     assert only(commands, ev.SaveRun).reason == reason
 
 
+def test_a_wait_names_the_agents_that_are_here_for_another_task():
+    talk = Talk(config(minimum=2, quorum=2))
+    talk.prepared()
+    talk.published()
+    talk.come("a")
+    talk.run.fleet.hear("zed", presence(task="two_workers.py:task"), retained=False)
+    assert "1 of 2 are there; zed was started with --task two_workers.py:task, the run's task is digits (at most" in (
+        talk.run.status()
+    )
+    for number in range(4):
+        talk.run.fleet.hear(f"other-{number}", presence(task="mnist"), retained=False)
+    assert talk.run.status().count("was started with") == 3
+    assert "; and 2 more (at most" in talk.run.status()
+
+
+def test_a_round_that_waits_for_agents_names_those_that_are_here_for_another_task():
+    talk = Talk(config())
+    talk.to_collecting("a", "b")
+    talk.leave("a", "b")
+    talk.wait(31)
+    talk.wait(2)
+    talk.run.fleet.hear("zed", presence(task="mnist"), retained=False)
+    assert talk.run.attempt.round.state is RoundState.SELECTING
+    assert talk.run.status().endswith("; zed was started with --task mnist, the run's task is digits")
+
+
 def test_a_run_waits_for_its_start_agents_before_the_first_round():
     talk = Talk(config(minimum=1, quorum=1, target=1, start_agents=3, over_select=1.0))
     talk.prepared()
