@@ -110,10 +110,8 @@ def agents(state_dir: Path, *, as_json: bool) -> int:
 
     def show(store: Store) -> int:
         rows = store.agents()
-        now = {agent["agent_id"]: agent for agent in board["agents"]} if board else {}
         for row in rows:
-            row["activity"] = now.get(row["agent_id"], {}).get("activity", "")
-            row["presence"] = now.get(row["agent_id"], {}).get("presence", row["state"])
+            row.update(_agent_now(row, board))
         if as_json:
             _print_json(rows)
         else:
@@ -409,6 +407,18 @@ def _version_view(version: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
 
 def _score_view(score: Evaluation | None) -> dict[str, Any] | None:
     return None if score is None else msgspec.to_builtins(score)
+
+
+def _agent_now(row: Mapping[str, Any], board: Mapping[str, Any] | None) -> dict[str, str]:
+    """What is known of an agent now, of its row in the database and the board of the coordinator, where one runs."""
+    seen = {} if board is None else {agent["agent_id"]: agent for agent in board["agents"]}.get(row["agent_id"], {})
+    activity, detail = seen.get("activity", ""), seen.get("detail", "")
+    if "presence" in seen or row["state"] == "offline":
+        return {"presence": seen.get("presence", row["state"]), "activity": activity, "detail": detail}
+    if board is not None:  # it has not been heard of since that coordinator started
+        return {"presence": "silent", "activity": "", "detail": ""}
+    at = row["changed_at"][:16].replace("T", " ")
+    return {"presence": "unknown", "activity": "", "detail": f"no coordinator runs; it came at {at} UTC"}
 
 
 def _agents_table(rows: Sequence[Mapping[str, Any]]) -> Table:

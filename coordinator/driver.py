@@ -27,7 +27,7 @@ from coordinator.gates import delta_sum_squares
 from coordinator.models import ModelFile
 from coordinator.publisher import Publisher, clear_retained
 from coordinator.run import FINAL, Run
-from coordinator.store import AgentRow
+from coordinator.store import AgentLeft, AgentRow
 from coordinator.uplink import FrameFacts, Verdict
 from midge import PROTOCOL, __version__
 from midge.log import log_event
@@ -74,7 +74,7 @@ class StoreLike(Protocol):
     def raise_epoch(self, above: int = 0) -> int:
         """Raise the epoch, durably."""
 
-    def save(self, run_id: str, saves: list[ev.Save], agents: list[AgentRow]) -> None:
+    def save(self, run_id: str, saves: list[ev.Save], agents: list[AgentRow | AgentLeft]) -> None:
         """Persist, in one transaction."""
 
 
@@ -173,7 +173,7 @@ class Driver:
         self._base: ModelFile | None = None
         self._publisher: Publisher | None = None
         self._commands: list[ev.Command] = []
-        self._moved: dict[str, AgentRow] = {}
+        self._moved: dict[str, AgentRow | AgentLeft] = {}
         self._scratch = np.empty(0, np.float64)
         self._later: list[ev.Save] = []
         self._save_at = math.inf
@@ -391,6 +391,8 @@ class Driver:
         agent = self.fleet.agents.get(agent_id)
         if agent is not None:
             self._observer.fleet(self.fleet, agent_id, change)
+        elif not presence.online:  # it left while no coordinator ran: the database may have it as online
+            self._moved[agent_id] = AgentLeft(agent_id)
         if change is not None and agent is not None:
             known = agent.presence
             self._moved[agent_id] = AgentRow(agent_id, agent.state, known.task, dict(known.labels), known.version)

@@ -176,6 +176,12 @@ class AgentRow(msgspec.Struct, frozen=True):
     version: str
 
 
+class AgentLeft(msgspec.Struct, frozen=True):
+    """An agent of which nothing is known but that it is not here: one that left while no coordinator ran."""
+
+    agent_id: str
+
+
 class Store:
     """The database of one state directory.
 
@@ -283,7 +289,7 @@ class Store:
         with self._transaction() as connection:
             connection.execute(_runs.update().where(_runs.c.run_id == run_id).values(is_published=False))
 
-    def save(self, run_id: str, saves: Sequence[ev.Save], agents: Iterable[AgentRow] = ()) -> None:
+    def save(self, run_id: str, saves: Sequence[ev.Save], agents: Iterable[AgentRow | AgentLeft] = ()) -> None:
         """Persist what one turn decided, in one transaction."""
         latest: dict[Any, ev.Save] = {}
         for save in saves:
@@ -294,6 +300,9 @@ class Store:
             rows.setdefault(name, []).extend(values)
         now = _now()
         for agent in agents:
+            if isinstance(agent, AgentLeft):
+                rows.setdefault("agent_left", []).append({"left": agent.agent_id, "at": now})
+                continue
             row = {**msgspec.structs.asdict(agent), "labels": _to_json(agent.labels).decode(), "changed_at": now}
             rows.setdefault("agent", []).append(row)
         with self._transaction() as connection:
@@ -569,6 +578,9 @@ _STATEMENTS: dict[str, sa.Executable] = {
         }
     ),
     "agent": _upsert(_agents),
+    "agent_left": _agents.update()
+    .where(_agents.c.agent_id == sa.bindparam("left"), _agents.c.state != "offline")
+    .values(state="offline", changed_at=sa.bindparam("at")),
 }
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
-from coordinator.store import KEPT_ROUNDS, AgentRow
+from coordinator.store import KEPT_ROUNDS, AgentLeft, AgentRow
 from coordinator.uplink import FrameFacts
 from midge.wire.frames import Frame, content_tag
 from tests.sim.disk import Disk
@@ -69,7 +70,7 @@ class MemoryStore:
             self.row["frame_elements"] = frame_elements
         self._tick()
 
-    def save(self, run_id: str, saves: Iterable[ev.Save], agents: Iterable[AgentRow]) -> None:
+    def save(self, run_id: str, saves: Iterable[ev.Save], agents: Iterable[AgentRow | AgentLeft]) -> None:
         self._tick()
         with self._disk.write():
             for save in saves:
@@ -77,7 +78,12 @@ class MemoryStore:
                 if self._saved is not None:
                     self._saved(save)
             for agent in agents:
-                self.agent_rows[agent.agent_id] = agent
+                if isinstance(agent, AgentRow):
+                    self.agent_rows[agent.agent_id] = agent
+                elif agent.agent_id in self.agent_rows:
+                    self.agent_rows[agent.agent_id] = msgspec.structs.replace(
+                        self.agent_rows[agent.agent_id], state="offline"
+                    )
         self._tick()
 
     def _save(self, save: ev.Save) -> None:

@@ -20,7 +20,7 @@ from coordinator.cohort import Change, Fleet
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.models import ModelStore
 from coordinator.run import Resumed, Run, RunState, Version
-from coordinator.store import AgentRow
+from coordinator.store import AgentLeft, AgentRow
 from coordinator.uplink import FrameFacts
 from midge.transport.base import Connected, Disconnected, MessageReceived, Published, SubscriptionDenied
 from midge.wire.frames import FLOAT32, Frame, content_tag, encode_frame, run_tag, update_digest
@@ -58,7 +58,7 @@ class FakeStore:
     def __init__(self, order: list[str]) -> None:
         self.epoch = EPOCH
         self.saves: list[ev.Save] = []
-        self.agents: list[AgentRow] = []
+        self.agents: list[AgentRow | AgentLeft] = []
         self.error: OSError | None = None
         self._order = order
 
@@ -67,7 +67,7 @@ class FakeStore:
         self._order.append("raise epoch")
         return self.epoch
 
-    def save(self, run_id: str, saves: list[ev.Save], agents: list[AgentRow]) -> None:
+    def save(self, run_id: str, saves: list[ev.Save], agents: list[AgentRow | AgentLeft]) -> None:
         if self.error is not None:
             raise self.error
         self._order.append("save")
@@ -784,6 +784,14 @@ def test_an_epoch_beyond_all_measure_is_no_epoch(talk, retained):
     assert talk.driver.epoch == EPOCH
     talk.turn()
     assert [row.agent_id for row in talk.store.agents] == ["a"]
+
+
+def test_an_agent_that_left_while_no_coordinator_ran_is_settled_offline(talk):
+    talk.connect()
+    talk.hear(TOPICS.presence("one"), presence(online=False), retained=True)
+    talk.turn()
+    assert talk.store.agents == [AgentLeft("one")]
+    assert "one" not in talk.driver.fleet.agents  # a flood of invented farewells fills no memory
 
 
 def test_a_farewell_takes_back_the_presence(talk):

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 import coordinator.store
 from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
-from coordinator.store import DATABASE, KEPT_ROUNDS, SCHEMA_VERSION, AgentRow, Store, StoreError
+from coordinator.store import DATABASE, KEPT_ROUNDS, SCHEMA_VERSION, AgentLeft, AgentRow, Store, StoreError
 from midge.wire.messages import Evaluation
 from tests.machines import digest, version_digest
 
@@ -201,6 +201,20 @@ def test_saving_nothing_is_nothing(store):
     store.save("", [], [AgentRow("a", "online", "digits", {}, "0.1")])  # no run is there yet
     assert store.runs() == before
     assert len(store.agents()) == 1
+
+
+def test_an_agent_that_left_unseen_is_offline_and_one_that_was_never_known_stays_unknown(store):
+    store.save("", [], [AgentRow("a", "online", "digits", {"site": "lab"}, "0.1")])
+    store.save("", [], [AgentLeft("a"), AgentLeft("b")])
+    (agent,) = store.agents()
+    assert (agent["agent_id"], agent["state"], agent["task"], agent["labels"]) == (
+        "a",
+        "offline",
+        "digits",
+        {"site": "lab"},
+    )
+    store.save("", [], [AgentLeft("a")])
+    assert store.agents() == [agent]  # when it left is not moved by hearing so again
 
 
 def test_updates_are_remembered_for_some_rounds_and_versions_for_ever(store, monkeypatch):
