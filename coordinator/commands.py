@@ -33,6 +33,8 @@ from coordinator.store import DATABASE, Store, StoreError
 from coordinator.tracking import TrackerError
 from midge import log
 from midge.settings import SettingsError
+from midge.tasks.base import TaskError
+from midge.tasks.registry import check_reference
 from midge.transport.address import Address, AddressError
 from midge.wire.errors import TopicError
 from midge.wire.messages import Evaluation
@@ -47,6 +49,10 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
     if loaded is None:
         return 2
     settings, address = loaded
+    try:
+        check_reference(settings.task)  # before a run is recorded that could only fail
+    except TaskError as error:
+        return _wrong(error)
     show = sys.stderr.isatty() and not as_json
     level = "warning" if show and settings.log_level == "info" else settings.log_level
     log.setup(settings.log_format, level, Above(_errors) if show else None)
@@ -72,10 +78,12 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
     settings, address = loaded
     log.setup(settings.log_format, settings.log_level)
     try:
+        if run_config is not None:
+            check_reference(settings.task)
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
             service.begin_run(again=False)
-    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError, OSError) as error:
+    except (TaskError, StoreError, HttpError, ModelError, BaseModelError, TrackerError, OSError) as error:
         return _cannot_start(error, settings)
     code = _work(service, None)
     return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop
@@ -152,7 +160,7 @@ def models(state_dir: Path, run_id: str | None, *, as_json: bool) -> int:
 
     def show(store: Store) -> int:
         try:
-            row = find_run(store, run_id or "latest")
+            row = find_run(store, run_id or "latest", with_model=True)
         except ExportError as error:
             return _wrong(error)
         kept = ModelStore(state_dir / "models").digests()
@@ -174,6 +182,7 @@ def models(state_dir: Path, run_id: str | None, *, as_json: bool) -> int:
                 f"{version['duration_s']:.2f}",
                 "kept" if version["is_kept"] else "pruned",
             )
+        _console.print(f"run {row['run_id']}, {row['state']}{_reason(row)}", markup=False, soft_wrap=True)
         _console.print(table)
         return 0
 
@@ -387,10 +396,15 @@ def _show_stopped(store: Store, *, as_json: bool) -> int:
         _console.print("no coordinator is running here, and there was no run")
     else:
         round_of = f"round {latest['round_num']} of {latest['rounds']}"
-        _console.print(
-            f"no coordinator is running here; the latest run, {latest['run_id']}, is {latest['state']}: {round_of}"
-        )
+        state = f"{latest['state']}: {round_of}{_reason(latest)}"
+        text = f"no coordinator is running here; the latest run, {latest['run_id']}, is {state}"
+        _console.print(text, markup=False, soft_wrap=True)
     return 0
+
+
+def _reason(run: Mapping[str, Any]) -> str:
+    """Why a run failed, to be added to a line that says so; empty for one that did not."""
+    return f": {run['reason']}" if run["state"] == "failed" and run["reason"] else ""
 
 
 def _run_view(row: Mapping[str, Any]) -> dict[str, Any]:

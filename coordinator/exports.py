@@ -32,14 +32,20 @@ class Chosen:
     model: ModelFile
 
 
-def find_run(store: Store, run_id: str) -> dict[str, Any]:
+def find_run(store: Store, run_id: str, *, with_model: bool = False) -> dict[str, Any]:
     """The run of this id, or the latest where that is "latest".
+
+    Args:
+        store: the database.
+        run_id: or "latest".
+        with_model: the latest run that got as far as a model is meant, where there is one.
 
     Raises:
         ExportError: there is none.
     """
     rows = store.runs() if run_id == "latest" else []
-    row = rows[0] if rows else store.run(run_id)
+    chosen = next((row for row in rows if store.versions(row["run_id"])), None) if with_model else None
+    row = chosen or (rows[0] if rows else store.run(run_id))
     if row is None:
         raise ExportError(f"{store.path.parent} has no run {run_id}; `coordinator runs` lists them")
     return row
@@ -52,13 +58,16 @@ def choose_version(store: Store, run_id: str, which: str) -> Chosen:
         ExportError: there is no such run or version.
         ModelError: its file is pruned or damaged.
     """
-    row = find_run(store, run_id)
+    row = find_run(store, run_id, with_model=True)
     versions = {version["round_num"]: version["digest"] for version in store.versions(row["run_id"])}
-    latest = max(versions, default=None)
+    if not versions:
+        why = f": {row['reason']}" if row["reason"] else ""
+        raise ExportError(f"run {row['run_id']} has no model; it is {row['state']}{why}")
+    latest = max(versions)
     best = row["best_round"] if row["best_round"] is not None else latest
     number = {"latest": latest, "best": best}.get(which, int(which) if which.isdecimal() else None)
     if number is None or number not in versions:
-        raise ExportError(f"--which {which[:80]}: expected best, latest, or a round from 0 to {latest or 0}")
+        raise ExportError(f"--which {which[:80]}: expected best, latest, or a round from 0 to {latest}")
     model = ModelStore(store.path.parent / "models").open(versions[number])
     return Chosen(row["run_id"], f"round {number} of {row['run_id']}", f"{row['run_id']}-{number}", model)
 
@@ -70,7 +79,7 @@ def choose_agent(store: Store, run_id: str, agent_id: str) -> Chosen:
         ExportError: there is no such run, or the agent's model is not kept.
         ModelError: its file is damaged.
     """
-    row = find_run(store, run_id)
+    row = find_run(store, run_id, with_model=True)
     kept = AgentModels(Path(store.path.parent))
     found = kept.open(row["run_id"], agent_id)
     if found is None:

@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Iterable
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -60,15 +62,45 @@ def find_task(reference: str) -> Task:
     """
     if match := _FILE.fullmatch(reference):
         return _as_task(reference, _load_from_file(reference, Path(match[1]), match[2] or ""))
+    return _as_task(reference, _load(reference, _target(reference)))
+
+
+def check_reference(reference: str) -> None:
+    """Look, by names and files alone, whether `reference` could name a task: for processes that import none.
+
+    A module is looked for where a child process of this one would find it; only its first part, since finding the rest
+    would run it. So what passes may still turn out to be no task.
+
+    Raises:
+        TaskError: it cannot; says which part, and what to do.
+    """
+    if match := _FILE.fullmatch(reference):
+        _existing_file(reference, Path(match[1]))
+        return
+    module_name, _ = _split(reference, _target(reference))
+    first = module_name.partition(".")[0]
+    if PathFinder.find_spec(first, [str(Path.cwd()), *sys.path]) is None and not _is_found_otherwise(first):
+        raise TaskError(_no_module(reference, module_name, first))
+
+
+def _is_found_otherwise(module_name: str) -> bool:
+    """Whether it is built in, or found by what an editable installation hooks in."""
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except ValueError:  # it is imported already, and has no specification
+        return True
+
+
+def _target(reference: str) -> str:
+    """The `package.module:object` that a reference to no file leads to."""
     if ":" in reference:
-        target = reference
-    elif reference in _BUILT_IN:
-        target = _BUILT_IN[reference]
-    elif reference in (points := _entry_points()):
-        target = points[reference].value
-    else:
-        raise TaskError(_unknown(reference))
-    return _as_task(reference, _load(reference, target))
+        return reference
+    if reference in _BUILT_IN:
+        return _BUILT_IN[reference]
+    points = _entry_points()
+    if reference in points:
+        return points[reference].value
+    raise TaskError(_unknown(reference))
 
 
 def _entry_points() -> dict[str, EntryPoint]:
@@ -89,6 +121,12 @@ def _unknown(reference: str) -> str:
 
 def _load(reference: str, target: str) -> object:
     """The object at `target`; `reference` is what was asked for, and what errors speak of."""
+    module_name, path = _split(reference, target)
+    return _attribute(reference, _import(reference, module_name), path)
+
+
+def _split(reference: str, target: str) -> tuple[str, str]:
+    """The module and the object that `target` names."""
     if not _REFERENCE.fullmatch(target):
         leads = "" if target == reference else f" leads to {target!r}"
         raise TaskError(
@@ -96,18 +134,12 @@ def _load(reference: str, target: str) -> object:
             "file, such as ./my_task.py"
         )
     module_name, _, path = target.partition(":")
-    return _attribute(reference, _import(reference, module_name), path)
+    return module_name, path
 
 
 def _load_from_file(reference: str, path: Path, name: str) -> object:
     """The object called `name` in a file, or with no name the one task in it."""
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise TaskError(
-            f"task {reference!r}: there is no file {path}. A path is relative to the directory that the program was started in."
-        )
-    if "." in path.stem:
-        raise TaskError(f"task {reference!r}: no module can have the name {path.stem!r}: rename the file")
+    path = _existing_file(reference, path)
     directory = str(path.parent)
     if directory not in sys.path:
         sys.path.insert(0, directory)  # as Python does for a program; processes that a task starts get it, too
@@ -119,6 +151,19 @@ def _load_from_file(reference: str, path: Path, name: str) -> object:
             f"{module.__file__ or 'a built-in one'}: rename the file"
         )
     return _attribute(reference, module, name) if name else _only_task(reference, module)
+
+
+def _existing_file(reference: str, path: Path) -> Path:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        hint = _did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")])
+        raise TaskError(
+            f"task {reference!r}: there is no file {path}. A path is relative to the directory that the program was started "
+            f"in.{hint}"
+        )
+    if "." in path.stem:
+        raise TaskError(f"task {reference!r}: no module can have the name {path.stem!r}: rename the file")
+    return path
 
 
 def _only_task(reference: str, module: ModuleType) -> object:
@@ -164,18 +209,22 @@ def _import(reference: str, module_name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(missing + "."):
-            file = Path(module_name.replace(".", "/") + ".py")
-            hint = f" Did you mean the file, './{file}'?" if file.is_file() else ""
-            raise TaskError(
-                f"task {reference!r}: no module {missing!r} is found. Install it into this environment, or name its "
-                f"directory in PYTHONPATH.{hint}"
-            ) from None
+            raise TaskError(_no_module(reference, module_name, missing)) from None
         remedy = "pip install 'midge[torch]'" if module_name.startswith("midge.") else "install what provides it"
         raise TaskError(f"task {reference!r}: it imports {missing!r}, which is not installed: {remedy}") from None
     except TaskError as error:
         raise TaskError(f"task {reference!r}: {error}") from None
     except Exception as error:  # a module may raise anything while it runs
         raise TaskError(f"task {reference!r}: importing {module_name} failed: {_described(error)}") from error
+
+
+def _no_module(reference: str, module_name: str, missing: str) -> str:
+    file = Path(module_name.replace(".", "/") + ".py")
+    hint = f" Did you mean the file, './{file}'?" if file.is_file() else ""
+    return (
+        f"task {reference!r}: no module {missing!r} is found. Install it into this environment, or name its "
+        f"directory in PYTHONPATH.{hint}"
+    )
 
 
 def _as_task(reference: str, found: object) -> Task:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from coordinator import commands
+from coordinator import run_events as ev
+from coordinator.exports import ExportError, choose_version, find_run
 from coordinator.store import AgentRow, Store
 
 
@@ -40,3 +42,47 @@ def test_a_coordinator_that_has_not_heard_of_an_agent_does_not_call_it_online(st
     board["agents"] = [{"agent_id": "one", "presence": "online", "activity": "idle", "detail": "low battery"}]
     row = listed(state_dir, capsys)["one"]
     assert (row["presence"], row["activity"], row["detail"]) == ("online", "idle", "low battery")
+
+
+# A run that never came to a model.
+
+
+@pytest.fixture
+def two_runs(tmp_path) -> Store:
+    """Of a run with a model, and a later one that failed before it had one."""
+    store = Store(tmp_path / "state")
+    for task in ("digits", "digist"):
+        run_id = store.create_run(federation="lab", task=task, fingerprint=task, definition={}, rounds=3)
+        if task == "digits":
+            store.save(run_id, [ev.SaveVersion(0, "ab" * 32, None), ev.SaveRun("done", "", 3, None, None)])
+        else:
+            store.save(run_id, [ev.SaveRun("failed", "task 'digist': not known", 0, None, None)])
+    return store
+
+
+def test_the_latest_run_whose_model_is_wanted_is_one_that_has_a_model(two_runs, capsys):
+    state_dir = two_runs.path.parent
+    assert find_run(two_runs, "latest")["task"] == "digist"
+    assert find_run(two_runs, "latest", with_model=True)["task"] == "digits"
+    assert commands.models(state_dir, None, as_json=False) == 0
+    assert capsys.readouterr().out.startswith("run digits-")
+
+
+def test_a_run_without_a_model_says_so_and_why(two_runs):
+    run_id = find_run(two_runs, "latest")["run_id"]
+    with pytest.raises(ExportError, match=f"run {run_id} has no model; it is failed: task 'digist': not known"):
+        choose_version(two_runs, run_id, "best")
+
+
+def test_the_status_of_a_failed_run_has_its_reason(two_runs, capsys):
+    state_dir = two_runs.path.parent
+    assert commands.status(state_dir, as_json=False) == 0
+    assert "is failed: round 0 of 3: task 'digist': not known\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"task": "digist"}, {"task": "./digist.py"}])
+def test_a_task_that_cannot_be_is_refused_before_a_run_is_recorded(tmp_path, capsys, options):
+    options |= {"state_dir": str(tmp_path / "state"), "broker": "mqtt://localhost:1"}
+    assert commands.run(None, (), options, as_json=False) == 2
+    assert "coordinator: task " in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()

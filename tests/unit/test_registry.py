@@ -9,7 +9,7 @@ import pytest
 
 from midge.tasks import registry
 from midge.tasks.base import Task, TaskError
-from midge.tasks.registry import find_task, task_names
+from midge.tasks.registry import check_reference, find_task, task_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,6 +198,44 @@ def test_a_module_that_is_not_found_but_lies_here_as_a_file_is_met_with_its_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kept_here.py").write_text("")
     assert "Did you mean the file, './kept_here.py'?" in error_of("kept_here:task")
+
+
+# Names alone
+
+
+@pytest.mark.parametrize("reference", ["digits", "kept_tasks:Counting", "tests.unit.tiny_tasks:tiny", "xml.dom:Node"])
+def test_a_reference_that_could_be_a_task_passes_and_imports_nothing(module, reference):
+    module("1 / 0")
+    check_reference(reference)
+    assert "kept_tasks" not in sys.modules
+
+
+def test_a_file_and_an_entry_point_pass_without_being_run(module, entry_point, tmp_path, monkeypatch):
+    module("1 / 0")
+    entry_point("kept", "kept_tasks:Counting")
+    monkeypatch.chdir(tmp_path)
+    check_reference("./kept_tasks.py:Counting")
+    check_reference("kept")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    check_reference("kept_tasks:Counting")  # a child process is started with the directory that this one is in
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("digist", "not known. Did you mean 'digits'?"),
+        ("kept_none.py", "there is no file "),
+        ("kept_taks.py", "Did you mean 'kept_tasks.py'?"),
+        ("kept_none.module:task", "no module 'kept_none' is found"),
+        ("a b:c", "expected package.module:object"),
+    ],
+)
+def test_what_no_task_can_be_called_is_refused_by_its_name(module, tmp_path, monkeypatch, reference, said):
+    module("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError) as caught:
+        check_reference(reference)
+    assert said in str(caught.value)
 
 
 # What is not
