@@ -43,6 +43,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.durations import in_words
 from coordinator.round_events import (
     Abandon,
     AgentAccepted,
@@ -92,6 +93,8 @@ class MemberState(enum.StrEnum):
 
 
 WAITING = (MemberState.INVITED, MemberState.ACCEPTED)
+_SAID = {MemberState.ACCEPTED: "took the invitation", MemberState.REJECTED: "sent an update that was rejected"}
+"""What a person would misread, in other words: "accepted" and "rejected" are said of updates, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,20 +296,26 @@ class Round:
 
     def status(self, now: float) -> str:
         """One line: what is missing, and until when."""
-        left = f"{max(0.0, self.deadline() - now):.0f} s"
         match self.state:
             case RoundState.SELECTING:
+                left = in_words(self.deadline() - now)
                 return f"waiting for agents: {len(self._available)} of {self.config.minimum} are there (gives up in {left})"
             case RoundState.COLLECTING:
-                left = f"{max(0.0, self._ends_at - now):.0f} s"
-                waiting = ", ".join(self.awaited[:5]) + (", ..." if len(self.awaited) > 5 else "")
-                return f"{len(self.reported)} of {self._wanted} updates, waiting for {waiting or 'nobody'} (at most {left})"
+                left = in_words(min(self._ends_at, math.inf if self._num_awaited else self._grace_ends_at()) - now)
+                return f"{len(self.reported)} of {self._wanted} updates, {self._waiting_for()} (at most {left})"
             case RoundState.AGGREGATING:
                 return f"averaging {len(self.reported)} updates"
             case RoundState.COMMITTED:
                 return f"committed {self.digest[:12]} from {len(self.reported)} updates"
             case RoundState.ABANDONED:
                 return f"abandoned: {self.reason}"
+
+    def _waiting_for(self) -> str:
+        awaited = self.awaited
+        if awaited:
+            return f"waiting for {_listed(awaited)}"
+        lost = sorted(agent_id for agent_id, member in self._members.items() if member.state is MemberState.LOST)
+        return f"{_listed(lost)} {'are' if len(lost) > 1 else 'is'} lost; waiting for one to return"
 
     def check(self) -> None:
         """Assert the invariants that hold between any two steps."""
@@ -513,10 +522,13 @@ class Round:
 
     def _shortfall(self, when: str) -> str:
         why = [
-            f"{agent_id} {member.state}" + (f" ({member.reason})" if member.reason else "")
+            f"{agent_id} {_SAID.get(member.state, member.state)}" + (f" ({member.reason})" if member.reason else "")
             for agent_id, member in sorted(self._members.items())
             if member.state is not MemberState.REPORTED
         ]
-        return f"{len(self.reported)} updates, quorum is {self.config.quorum}, {when}: " + (
-            ", ".join(why[:8]) or "none invited"
-        )
+        updates = f"{len(self.reported)} update{'' if len(self.reported) == 1 else 's'}"
+        return f"{updates}, quorum is {self.config.quorum}, {when}: " + (", ".join(why[:8]) or "none invited")
+
+
+def _listed(agent_ids: Sequence[str]) -> str:
+    return ", ".join(agent_ids[:5]) + (", ..." if len(agent_ids) > 5 else "")

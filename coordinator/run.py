@@ -31,6 +31,7 @@ from coordinator import run_events as ev
 from coordinator.admission import Gates
 from coordinator.attempt import Attempt, Output, Tallies, turn_away
 from coordinator.cohort import Change, Fleet
+from coordinator.durations import in_words
 from coordinator.round import MemberState, Round, RoundState
 from coordinator.run_config import Resumed, RunConfig, Version
 from coordinator.scoring import Scoring
@@ -198,11 +199,10 @@ class Run:
             case RunState.WAITING if not self._connected:
                 return "waiting for the broker"
             case RunState.WAITING if self._pause_until < math.inf:
-                return f"attempt {self._num_attempts} failed; trying again in {self._pause_until - self.now:.0f} s"
+                return f"attempt {self._num_attempts} failed; trying again in {in_words(self._pause_until - self.now)}"
             case RunState.WAITING if not self._started:
                 there = f"{self.num_available} of {self.config.num_to_start} are there"
-                left = f"at most {max(0.0, self._starts_by - self.now):.0f} s"
-                return f"waiting for agents: {there}{self._misfits()} ({left})"
+                return f"waiting for agents: {there} (at most {in_words(self._starts_by - self.now)}){self._misfits()}"
             case RunState.WAITING:
                 return f"waiting for the evaluation of round {min(self.scoring.owed, default=0)}"
             case RunState.IN_ROUND if self.attempt is not None:

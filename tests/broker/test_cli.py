@@ -293,7 +293,7 @@ def test_below_the_quorum_a_closed_round_is_tried_again_and_the_operator_is_told
     code, said, _ = look("round", "close", *here, "--json")
     closed = json.loads(said)
     assert (code, closed["outcome"], closed["round_num"]) == (1, "abandoned", 1)
-    assert "0 updates, quorum is 1, when the operator closed it: agent-0 accepted; " in closed["text"]
+    assert "0 updates, quorum is 1, when the operator closed it: agent-0 took the invitation; " in closed["text"]
     federation.release("agent-0")
     assert coordinator.wait() == 0
     assert federation.attempts(1)[0] == 2

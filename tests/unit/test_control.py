@@ -36,7 +36,8 @@ def test_below_the_quorum_the_attempt_is_abandoned_with_its_reason_and_what_come
     closed = close(talk)
     assert (closed.outcome, closed.round_num, closed.num_updates) == ("abandoned", 1, 1)
     assert closed.text == (
-        "abandoned attempt 1 at round 1: 1 updates, quorum is 2, when the operator closed it: b accepted, c accepted; "
+        "abandoned attempt 1 at round 1: 1 update, quorum is 2, when the operator closed it: b took the invitation, c "
+        "took the invitation; "
         "attempt 1 failed; trying again in 1 s"
     )
 

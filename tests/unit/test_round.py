@@ -425,7 +425,7 @@ def test_a_lost_agent_that_answers_after_all_is_waited_for():
     talk.accept("a")
     assert talk.round.awaited == ("a", "b")
     *_, abandon = talk.hear(CloseRequested())
-    assert abandon.reason.endswith("a accepted, b invited")
+    assert abandon.reason.endswith("a took the invitation, b invited")
 
 
 def test_an_update_of_a_lost_agent_counts():
@@ -487,7 +487,8 @@ def test_the_deadline_abandons_a_round_without_a_quorum_and_names_who_is_missing
     talk.report("a")
     *_, (when, abandon) = talk.wait(600)
     assert when == 700.0
-    assert abandon == Abandon("1 updates, quorum is 3, after 600 s: b refused (battery), c lost (offline), d accepted")
+    why = "b refused (battery), c lost (offline), d took the invitation"
+    assert abandon == Abandon(f"1 update, quorum is 3, after 600 s: {why}")
     assert talk.round.reason == abandon.reason
     assert talk.round.status(talk.now) == f"abandoned: {abandon.reason}"
 
@@ -519,7 +520,25 @@ def test_a_round_whose_lost_agents_stay_away_is_abandoned_after_30_seconds():
     talk.hear(AgentLost("b"))
     (_, dismiss), (when, abandon) = talk.wait(30)
     assert (when, dismiss) == (130.0, Dismiss(("b",)))
-    assert abandon == Abandon("1 updates, quorum is 2, with nobody left to wait for: b lost (offline)")
+    assert abandon == Abandon("1 update, quorum is 2, with nobody left to wait for: b lost (offline)")
+
+
+def test_a_round_whose_agents_are_all_lost_says_that_it_waits_for_one_to_return():
+    talk = Talk(minimum=2, quorum=2)
+    talk.fleet("a", "b")
+    talk.hear(AgentLost("a"))
+    assert talk.round.status(talk.now) == "0 of 2 updates, waiting for b (at most 10 min)"
+    talk.hear(AgentLost("b"), after_s=2)
+    assert talk.round.status(talk.now) == "0 of 2 updates, a, b are lost; waiting for one to return (at most 30 s)"
+
+
+def test_a_round_that_one_update_is_missing_from_says_whose():
+    talk = Talk(minimum=2, quorum=2)
+    talk.fleet("a", "b")
+    talk.report("a")
+    talk.hear(AgentLost("b"))
+    talk.wait(10)
+    assert talk.round.status(talk.now) == "1 of 2 updates, b is lost; waiting for one to return (at most 20 s)"
 
 
 def test_each_time_that_everybody_is_lost_gives_its_own_30_seconds():
@@ -550,7 +569,7 @@ def test_the_operator_closes_a_round_with_what_has_come_or_abandons_it():
     talk.fleet("a", "b")
     talk.report("a")
     *_, abandon = talk.hear(CloseRequested())
-    assert abandon == Abandon("1 updates, quorum is 2, when the operator closed it: b invited")
+    assert abandon == Abandon("1 update, quorum is 2, when the operator closed it: b invited")
 
     talk = Talk(minimum=2)
     assert talk.hear(CloseRequested()) == [Abandon("0 updates, quorum is 1, when the operator closed it: none invited")]
