@@ -11,7 +11,7 @@ import msgspec
 
 from midge.settings.fields import Field, peel
 from midge.settings.sources import Given
-from midge.settings.words import expected, shown, unit_hint
+from midge.settings.words import brace_hint, expected, shown, unit_hint
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -26,7 +26,7 @@ def convert(given: Given, field: Field) -> object:
         return _value(given, field)
     except (ValueError, KeyError, msgspec.ValidationError):
         seen = "(hidden)" if field.is_secret else shown(given.value)
-        hint = unit_hint(field, given.value)
+        hint = unit_hint(field, given.value) or (brace_hint(field, given.value) if given.is_text else "")
         raise ValueError(f"{field.key} is {seen}: expected {expected(field)}{hint}") from None
 
 
@@ -54,6 +54,8 @@ def _parse(text: str, kind: Any) -> object:
     if get_origin(base) is tuple:
         return tuple(_parse(part, get_args(base)[0]) for part in parts)
     if get_origin(base) is dict:
+        if text.startswith("{"):
+            raise ValueError("what a file would have")
         pairs = {key.strip(): value.strip() for key, equals, value in (part.partition("=") for part in parts) if equals}
         if len(pairs) != len(parts):
             raise ValueError("a part without '=', or a name twice")

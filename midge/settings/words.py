@@ -121,3 +121,12 @@ def unit_hint(field: Field, value: object) -> str:
         return ""
     number = _number(float(match[1]) * scale)
     return f"; {match[0].strip()} is {number} {field.unit}: write {number}"
+
+
+def brace_hint(field: Field, value: object) -> str:
+    """What to write instead of a table in braces, as a file has it; empty for others."""
+    if get_origin(peel(field.type)[0]) is not dict or not isinstance(value, str) or not value.strip().startswith("{"):
+        return ""
+    pair = re.fullmatch(r"\{\s*([\w.-]+)\s*=\s*([\w.+-]+)\s*\}", value.strip())
+    example = "" if pair is None or field.is_secret else f": write {field.key}={pair[1]}={pair[2]}"
+    return f"; here without braces{example}"

@@ -291,6 +291,22 @@ def test_a_table_in_text_needs_a_value_for_each_name_and_each_name_once(text):
     assert len(problems(assignments=[f"labels={text}"])) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("{mu=0.1}", "; here without braces: write task_options=mu=0.1"),
+        ("{ mu = 0.1 }", "; here without braces: write task_options=mu=0.1"),
+        ("{a=1,b=2}", "; here without braces"),
+        ('{"mu": 0.1}', "; here without braces"),
+        ("{", "; here without braces"),
+        ("mu", ""),
+    ],
+)
+def test_a_table_in_braces_is_met_with_how_it_is_written_here(text, hint):
+    (said,) = problems(assignments=[f"task_options={text}"])
+    assert said.endswith('such as a=1,b=2 (in a file a table, { a = "1", b = "2" })' + hint)
+
+
 def test_types_are_not_bent(tmp_path):
     file = written(tmp_path, 'rounds = 2.0\nevaluate = 1\nlearning_rate = "0.1"\npassword = 12\nkeepalive_s = true')
     assert len(problems(file=file)) == 5
