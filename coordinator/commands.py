@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from coordinator import base_models
 from coordinator.base_models import BaseModelError
@@ -100,12 +100,18 @@ def status(state_dir: Path, *, as_json: bool) -> int:
     if as_json:
         _print_json(board)
         return 0
-    _console.print(f"[bold]{board['run_id'] or 'no run'}[/] {escape(board['task'])}: {escape(board['status'])}")
+    if board["run_id"]:
+        _console.print(f"[bold]{board['run_id']}[/] {escape(board['task'])}: {escape(board['status'])}", soft_wrap=True)
+    else:
+        _console.print("the coordinator is up and has no run; `coordinator serve --run FILE` begins one")
     if not board["is_connected"]:
         _console.print(escape(f"broker {board['broker']}: {board['broker_problem'] or 'connecting'}"))
     for event in board["events"][-5:]:
-        _console.print(escape(f"  {event}"))
-    _console.print(_agents_table(board["agents"]))
+        _console.print(escape(f"  {event}"), soft_wrap=True)
+    if board["agents"]:
+        _console.print(_agents_table(board["agents"]))
+    else:
+        _console.print("no agent was heard of yet")
     return 0
 
 
@@ -137,17 +143,19 @@ def runs(state_dir: Path, *, as_json: bool) -> int:
         if as_json:
             _print_json(rows)
             return 0
-        table = Table("run", "task", "state", "round", "best", "began")
+        table = Table(
+            Column("run", no_wrap=True), "task", "state", "round", "best (round)", Column("began", no_wrap=True)
+        )
         for row in rows:
             best = row["best"]
-            shown = "" if best is None else f"{best['value']:.4f} in round {best['round_num']}"
+            shown = "" if best is None else f"{best['value']:.4f} ({best['round_num']})"
             table.add_row(
                 row["run_id"],
                 escape(row["task"]),
                 row["state"],
                 f"{row['round_num']}/{row['rounds']}",
                 shown,
-                row["created_at"][:19],
+                row["created_at"][:16].replace("T", " "),
             )
         _console.print(table)
         return 0

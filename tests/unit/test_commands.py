@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from coordinator import commands
 from coordinator import run_events as ev
+from coordinator.board import Board, Shared
 from coordinator.exports import ExportError, choose_version, find_run
 from coordinator.store import AgentRow, Store
 
@@ -86,3 +89,25 @@ def test_a_task_that_cannot_be_is_refused_before_a_run_is_recorded(tmp_path, cap
     assert commands.run(None, (), options, as_json=False) == 2
     assert "coordinator: task " in capsys.readouterr().err
     assert not (tmp_path / "state").exists()
+
+
+# What a person sees.
+
+
+def test_a_coordinator_without_a_run_and_without_agents_says_both(tmp_path, capsys, monkeypatch):
+    board = Shared(Board(federation="lab", broker="mqtt://broker:1883", is_connected=True))
+    monkeypatch.setattr(commands, "_ask_running", lambda _: board.snapshot())
+    assert commands.status(tmp_path, as_json=False) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "the coordinator is up and has no run; `coordinator serve --run FILE` begins one",
+        "no agent was heard of yet",
+    ]
+
+
+def test_when_a_run_began_can_be_told_in_a_terminal_of_80_columns(two_runs, capsys, monkeypatch):
+    two_runs.save(find_run(two_runs, "latest")["run_id"], [ev.SaveRun("done", "", 30, 23, 0.9444)])
+    monkeypatch.setattr(commands, "_console", Console(width=80))
+    assert commands.runs(two_runs.path.parent, as_json=False) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r" 20\d\d-\d\d-\d\d \d\d:\d\d ", said)) == 2
+    assert "0.9444 (23)" in said
