@@ -32,7 +32,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from coordinator.board import Shared
@@ -153,8 +153,12 @@ def make_app(
             return JSONResponse({"error": f"no answer in {_ANSWER_S:g} s: see /healthz; it may be done still"}, 503)
         return JSONResponse(msgspec.to_builtins(closed))
 
-    return Starlette(
+    async def root(request: Request) -> Response:  # noqa: ARG001
+        return PlainTextResponse(listing)
+
+    app = Starlette(
         routes=[
+            Route("/", root),
             Route("/metrics", metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -168,6 +172,8 @@ def make_app(
             *download_routes(store, control, _unauthorized),
         ]
     )
+    listing = _listing(app)
+    return app
 
 
 class HttpServer:
@@ -190,8 +196,8 @@ class HttpServer:
         except OSError as error:
             # Of the address it says more than needed; of a name that is not known, its number says nothing to `os.strerror`.
             reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-            what = "http_host" if isinstance(error, socket.gaierror) else "http_port=0"
-            raise HttpError(f"http://{host}:{port}: {reason}; choose another with --set {what}") from None
+            what = "--set http_host" if isinstance(error, socket.gaierror) else "--http-port, 0 for any free one"
+            raise HttpError(f"http://{host}:{port}: {reason}; choose another with {what}") from None
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._file = state_dir / SERVICE_FILE
@@ -214,6 +220,13 @@ class HttpServer:
         self._thread.join(timeout=3.0)
         self._socket.close()
         self._file.unlink(missing_ok=True)
+
+
+def _listing(app: Starlette) -> str:
+    """What an application serves, for whoever opens its address to see what is there."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.path != "/"]
+    lines = [f"{'POST' if 'POST' in (route.methods or ()) else 'GET ':<4} {route.path}" for route in routes]
+    return "\n".join(["This is a Midge coordinator. It serves:", "", *lines, ""])
 
 
 def _board_line(shared: Shared) -> tuple[bytes, bool]:

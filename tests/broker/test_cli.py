@@ -103,7 +103,7 @@ def test_an_http_port_that_is_taken_exits_with_2_and_names_another(mosquitto, ma
     second = federation.start_coordinator(state="second", http_port=port)
     assert second.wait() == 2
     assert f"http://127.0.0.1:{port}: Address already in use" in second.log()
-    assert "choose another with --set http_port=0" in second.log()
+    assert "choose another with --http-port, 0 for any free one" in second.log()
     assert first.is_running
 
 

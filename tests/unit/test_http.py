@@ -170,7 +170,19 @@ def test_a_run_without_versions_has_none_and_a_run_that_is_not_there_is_not_foun
     assert talk.get("/api/v1/runs/' OR 1=1 --/versions") == expected
 
 
-@pytest.mark.parametrize("path", ["/", "/api", "/api/v1", "/api/v1/runs/x", "/metrics/x", "/../etc/passwd", "/docs"])
+def test_the_root_lists_what_there_is(talk):
+    answer = talk.request("GET", "/")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+    lines = answer.text.splitlines()
+    assert "GET  /metrics" in lines
+    assert "GET  /api/v1/runs/{run_id}/versions" in lines
+    assert "POST /api/v1/round/close" in lines
+    assert "GET  /" not in lines
+    paths = {route.path for route in talk.app.routes} - {"/"}
+    assert {line.split()[1] for line in lines if line.startswith(("GET", "POST"))} == paths
+
+
+@pytest.mark.parametrize("path", ["/api", "/api/v1", "/api/v1/runs/x", "/metrics/x", "/../etc/passwd", "/docs"])
 def test_nothing_else_is_there(talk, path):
     assert talk.request("GET", path).status_code == 404
 
@@ -317,7 +329,9 @@ def test_a_server_that_is_stopped_at_once_leaves_nothing_behind_either(talk, tmp
 def test_a_port_that_is_taken_is_an_error_with_what_to_do(talk, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(HttpError, match=f"http://127.0.0.1:{port}: Address already in use; choose another with"):
+        with pytest.raises(
+            HttpError, match=f"http://127.0.0.1:{port}: Address already in use; choose another with --http-port"
+        ):
             HttpServer(talk.app, "127.0.0.1", port, tmp_path)
 
 
