@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from edge_agent import agent_events as ev
 from edge_agent.agent import Agent
@@ -116,6 +116,8 @@ class Driver:
 
     def step(self, event: ev.Event, now: float) -> None:
         """Hand an event to the machine and do what it says, results included, until nothing is left to do."""
+        if isinstance(event, ev.TrainingFinished):
+            self._log_trained(event.update)
         events = [event]
         while events:
             for command in self.agent.step(events.pop(0), now):
@@ -253,6 +255,20 @@ class Driver:
         if self._asked:
             self._transport.unsubscribe(sorted(self._asked))
             self._asked.clear()
+
+    def _log_trained(self, update: ev.FinishedUpdate) -> None:
+        loss = {"loss": update.metrics["loss"]} if "loss" in update.metrics else {}
+        log_event(
+            _log,
+            logging.INFO,
+            "trained",
+            run=update.run_id,
+            round=update.round_num,
+            agent=self.agent_id,
+            examples=update.num_examples,
+            **cast("Any", loss),
+            duration_s=round(update.training_s, 3),
+        )
 
     def _note(self, note: ev.Note) -> None:
         if self._observe is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import random
 from typing import Any
 
@@ -405,3 +406,17 @@ def test_a_full_disk_is_a_refused_round_and_the_agent_takes_the_next(talk, monke
     for index in range(3):
         talk.frame(index)
     assert talk.agent.work is AgentState.TRAINING
+
+
+def test_the_end_of_a_training_is_logged_with_its_loss(talk, caplog):
+    with caplog.at_level(logging.INFO, "edge_agent"):
+        update, *_ = talk.to_uploading()
+    (record,) = [record for record in caplog.records if record.getMessage() == "trained"]
+    assert record.midge_fields == {
+        "run": "r1",
+        "round": update.round_num,
+        "agent": "pi-1",
+        "examples": update.num_examples,
+        "loss": 0.5,
+        "duration_s": round(update.training_s, 3),
+    }

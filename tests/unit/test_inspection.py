@@ -158,6 +158,10 @@ def test_one_label_is_one_class_and_none_readable_is_not():
     assert not summarize(TinyTask(), 1).is_of_one_class
 
 
+def test_data_without_labels_have_none():
+    assert summarize(TinyTask(), 1).labels_line() == "none"
+
+
 def test_of_many_labels_a_line_shows_the_first():
     counts = tuple(LabelCount(label, 1) for label in range(100))
     shown = DataSummary(num_examples=100, labels=counts).labels_line()
