@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from coordinator import run_events as ev
 from coordinator.models import ModelStore
 from coordinator.round import RoundState
@@ -11,6 +14,15 @@ from midge.wire.frames import Framing, plan_framing
 
 _MAX_UNEVALUATED = 2
 _TOLD = ("num_updates", "num_examples", "delta_norm", "duration_s", "attempts")
+
+
+def unfinished(rows: Iterable[Mapping[str, Any]], federation: str, *, but: str | None) -> list[Mapping[str, Any]]:
+    """The runs of a federation that could go on, in the order of `rows`, without the run `but`."""
+    return [
+        row
+        for row in rows
+        if row["federation"] == federation and row["state"] not in ("done", "failed") and row["run_id"] != but
+    ]
 
 
 def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from coordinator import run_events as ev
 from coordinator.agent_models import AgentModels
@@ -35,7 +36,7 @@ from coordinator.http import Heart, HttpServer, make_app
 from coordinator.metrics import SYS_TOPICS, CollectorRegistry, Metrics
 from coordinator.models import ModelStore
 from coordinator.observer import Watch
-from coordinator.resume import lately_stored, resume
+from coordinator.resume import lately_stored, resume, unfinished
 from coordinator.retention import Retention
 from coordinator.run import FINAL, Run, RunState, Version
 from coordinator.run_config import Resumed, RunConfig
@@ -450,11 +451,17 @@ class Service:
         for row in self.store.runs():
             if row["state"] in ("done", "failed"):
                 self._spool.prune(row["run_id"], sys.maxsize)
-            elif row["run_id"] != run_id and row["federation"] == self.settings.federation:
-                differs = ", ".join(differences(definition, json.loads(row["definition"])))
-                log_event(
-                    _log, logging.WARNING, "another run is left unfinished", run=row["run_id"], differs_in=differs
-                )
+        others = unfinished(self.store.runs(), self.settings.federation, but=run_id)
+        if others:
+            differs = ", ".join(differences(definition, json.loads(others[0]["definition"])))
+            hint = "to go on with one, start it with its own settings; one that is left does no harm"
+            shown: dict[str, Any] = {
+                "run": others[0]["run_id"],
+                "differs_in": differs,
+                "num_unfinished": len(others),
+                "hint": hint,
+            }
+            log_event(_log, logging.INFO, "another run is left unfinished", **shown)
 
     def _show_done(self, run_id: str) -> None:
         config = run_config(run_id, self.settings, strategy_of(self.settings))

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator import run_events as ev
 from coordinator.models import ModelError, ModelStore
-from coordinator.resume import lately_stored, resume
+from coordinator.resume import lately_stored, resume, unfinished
 from coordinator.round import MemberState, RoundState
 from coordinator.run import Resumed, Version
 from coordinator.store import Store
@@ -50,6 +50,21 @@ def disk(tmp_path):
     made = Disk(tmp_path)
     yield made
     made.store.close()
+
+
+def test_runs_that_could_go_on_are_those_of_the_federation_that_are_not_over(disk):
+    def add(federation: str = "lab", state: str = "stopped") -> str:
+        run_id = disk.store.create_run(federation=federation, task="digits", fingerprint="g", definition={}, rounds=3)
+        disk.store.save(run_id, [ev.SaveRun(state, "", 0, None, None)])
+        return run_id
+
+    other = add()
+    for state in ("done", "failed"):
+        add(state=state)
+    add(federation="elsewhere")
+    rows = disk.store.runs()
+    assert [row["run_id"] for row in unfinished(rows, "lab", but=None)] == [other, disk.run_id]
+    assert [row["run_id"] for row in unfinished(rows, "lab", but=other)] == [disk.run_id]
 
 
 def test_a_run_without_a_model_begins_anew(disk):
