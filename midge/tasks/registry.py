@@ -144,11 +144,14 @@ def _load_from_file(reference: str, path: Path, name: str) -> object:
     if directory not in sys.path:
         sys.path.insert(0, directory)  # as Python does for a program; processes that a task starts get it, too
     importlib.invalidate_caches()  # the file may be new
+    if _is_folder(sys.modules.get(path.stem), path.parent):
+        del sys.modules[path.stem]  # pytest may have imported the directory flowers, where flowers.py lies
     module = _import(reference, path.stem)
-    if module.__file__ is None or Path(module.__file__).resolve() != path:
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).resolve() != path:
+        where = file or ("a directory of that name" if hasattr(module, "__path__") else "one of Python's own")
         raise TaskError(
-            f"task {reference!r}: another module called {path.stem} is imported already, "
-            f"{module.__file__ or 'a built-in one'}: rename the file"
+            f"task {reference!r}: another module called {path.stem} is imported already, {where}: rename the file"
         )
     return _attribute(reference, module, name) if name else _only_task(reference, module)
 
@@ -164,6 +167,11 @@ def _existing_file(reference: str, path: Path) -> Path:
     if "." in path.stem:
         raise TaskError(f"task {reference!r}: no module can have the name {path.stem!r}: rename the file")
     return path
+
+
+def _is_folder(module: ModuleType | None, directory: Path) -> bool:
+    """Whether it is this directory itself, imported without an `__init__.py`: no code is lost where it is forgotten."""
+    return getattr(module, "__file__", None) is None and str(directory) in getattr(module, "__path__", ())
 
 
 def _only_task(reference: str, module: ModuleType) -> object:

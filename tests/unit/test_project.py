@@ -24,6 +24,7 @@ FILES = [
     "docker-compose.yml",
     "flowers.py",
     "midge.toml",
+    "pytest.ini",
     "test_flowers.py",
 ]
 

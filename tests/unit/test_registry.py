@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -188,6 +189,30 @@ def test_a_file_that_is_not_there_is_named_in_full(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["types", "kept.dotted"])
 def test_a_file_with_a_name_that_cannot_be_imported_is_to_be_renamed(task_file, name):
     assert "rename the file" in error_of(task_file("", name=name))
+
+
+def test_a_file_may_be_called_as_its_directory_though_that_was_imported(tmp_path, monkeypatch):
+    directory = tmp_path / "kept_garden"
+    directory.mkdir()
+    (directory / "kept_garden.py").write_text(textwrap.dedent(A_TASK))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.import_module("kept_garden").__file__ is None  # as pytest --import-mode=importlib does
+    try:
+        assert find_task(str(directory / "kept_garden.py")).name == "counting"
+    finally:
+        del sys.modules["kept_garden"]
+        sys.path.remove(str(directory))
+
+
+def test_a_file_called_as_another_imported_module_is_told_where_that_is(task_file, tmp_path, monkeypatch):
+    (tmp_path / "kept_spread").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("kept_spread")
+    reference = task_file("", name="kept_spread")
+    words = "another module called {} is imported already, {}: rename the file"
+    assert words.format("kept_spread", "a directory of that name") in error_of(reference)
+    assert words.format("types", importlib.import_module("types").__file__) in error_of(task_file("", name="types"))
+    assert words.format("time", "one of Python's own") in error_of(task_file("", name="time"))
 
 
 def test_a_file_that_fails_says_what_it_raised(task_file):
