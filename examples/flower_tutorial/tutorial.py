@@ -35,14 +35,17 @@ def load_data(data_dir="data"):
     try:
         trainset, testset = cifar10(data_dir)
     except (ImportError, RuntimeError) as error:
-        print(f"no CIFAR-10 in {data_dir} ({error}): digits stand in for it")
+        print(f"digits stand in for the CIFAR-10 of {data_dir}: {error}")
         trainset, testset = digits()
     return DataLoader(trainset, batch_size=32, shuffle=True), DataLoader(testset, batch_size=32)
 
 
 def cifar10(data_dir):
     """50,000 and 10,000 images, if they lie in `data_dir`."""
-    from torchvision import datasets, transforms
+    try:
+        from torchvision import datasets, transforms
+    except RuntimeError as error:
+        raise ImportError(f"torchvision is installed and does not load ({error})") from error
 
     scaled = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
     return (datasets.CIFAR10(data_dir, train=train, transform=scaled, download=False) for train in (True, False))
@@ -83,6 +86,7 @@ def test(net, testloader, device=DEVICE):
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     net = Net().to(DEVICE)
     trainloader, testloader = load_data()
     for epoch in range(1, 31):

@@ -1,8 +1,10 @@
-"""The files of scenarios 2 and 3 are what their pages say, and the table of scenario 2 is made by its script."""
+"""The files of scenarios 2 to 4 are what their pages say, and the table of scenario 2 is made by its script."""
 
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 
@@ -56,3 +58,32 @@ def test_the_page_has_a_row_for_each_of_the_scripts_knobs():
     assert f"| 1 | 50 | 15 | {cell([12, 11, 14], 1000)} |" in PAGE
     assert cell([7, 1001, 1001], 1000) == "above 1000"
     assert cell([3, 3, 3], 1000) == "3"
+
+
+TUTORIAL = str(ROOT / "examples" / "flower_tutorial" / "tutorial.py")
+
+
+def broken_torchvision(tmp_path, monkeypatch):
+    """As one that was built for another torch: it is found, and raises while it is imported."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def absent_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+
+
+@pytest.mark.parametrize(
+    ("take", "words"),
+    [
+        (broken_torchvision, "torchvision is installed and does not load (operator torchvision::nms does not exist)"),
+        (absent_torchvision, "import of torchvision halted; None in sys.modules"),
+    ],
+)
+def test_digits_stand_in_where_torchvision_does_not_load_and_that_is_said(take, words, tmp_path, monkeypatch, capsys):
+    take(tmp_path, monkeypatch)
+    trainloader, testloader = runpy.run_path(TUTORIAL)["load_data"](str(tmp_path / "cifar"))
+    assert (len(trainloader.dataset), len(testloader.dataset)) == (1437, 360)
+    assert capsys.readouterr().out == f"digits stand in for the CIFAR-10 of {tmp_path / 'cifar'}: {words}\n"
