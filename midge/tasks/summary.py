@@ -48,9 +48,9 @@ class DataSummary(msgspec.Struct, frozen=True, kw_only=True):
         return self.labels is not None and len(self.labels) == 1
 
     def labels_line(self) -> str:
-        """The labels and how many examples each has, cut to what fits a line of a log; "none" where there are none to count."""
+        """The labels and how many examples each has, cut to what fits a line of a log; `none` for data without any."""
         if self.labels is None:
-            return "none"
+            return "none"  # of a regression; or the task's data have a form in which they cannot be told
         shown = " ".join(f"{one.title}:{one.count}" for one in self.labels[:_MAX_SHOWN])
         rest = len(self.labels) - _MAX_SHOWN
         return f"{shown} and {rest} more" if rest > 0 else shown

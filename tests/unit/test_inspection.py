@@ -168,6 +168,10 @@ def test_of_many_labels_a_line_shows_the_first():
     assert shown == "0:1 1:1 2:1 3:1 4:1 5:1 6:1 7:1 8:1 9:1 10:1 11:1 and 88 more"
 
 
+def test_data_without_labels_such_as_a_regression_s_are_no_failure_in_the_log():
+    assert DataSummary(num_examples=100).labels_line() == "none"
+
+
 # As a chart and as a table.
 
 
