@@ -185,23 +185,36 @@ def _show(plan: Plan, report: Report, *, as_json: bool) -> None:
     else:
         _console.print(table(report))
         _console.print(f"\n{summary(report)}\n")
-        for line in _next(plan):
+        for line in next_lines(plan, _console.width):
             _console.print(line, soft_wrap=True)
     for problem in report.problems:
         _errors.print(f"[red]not as it should be[/]: {problem}", soft_wrap=True)
 
 
-def _next(plan: Plan) -> list[str]:
-    """Where the results are, and commands to try."""
+def next_lines(plan: Plan, width: int) -> list[str]:
+    """Where the results are, and commands to try; where one is wider than the terminal, it goes on as a shell has it."""
     program, state = _program(), f"--state-dir {shlex.quote(str(plan.state_dir))}"
-    lines = [
-        f"The picture is in [bold]{plan.out / 'report.png'}[/], the numbers are in {plan.out / 'report.json'}. Next, try:",
-        f"  {program} models {state}",
-        f"  {program} export latest {state} --to model.safetensors",
-        f"  {program} demo --agents 5 --rounds 60",
+    commands = [
+        [f"{program} models", state],
+        [f"{program} export latest", state, "--to model.safetensors"],
+        [f"{program} demo --agents 5 --rounds 60"],
     ]
+    lines = [f"The picture is in [bold]{plan.out / 'report.png'}[/],", f"the numbers are in {plan.out / 'report.json'}."]
+    lines += ["", "Next, try:", *(line for parts in commands for line in _folded(parts, width))]
     if Path("docker-compose.yml").exists():
         lines.append("  docker-compose up    the same, watched in Prometheus and Grafana")
+    return lines
+
+
+def _folded(parts: list[str], width: int) -> list[str]:
+    """A command, broken between its parts only, so that no path is torn and all of it can be pasted."""
+    lines = [f"  {parts[0]}"]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + len("  \\") <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"      {part}")
     return lines
 
 

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from coordinator.board import AgentView, Board, RoundView, Shared
+from coordinator.experiment.demo import next_lines
 from coordinator.experiment.demo_plan import Plan, deal_labels
 from coordinator.experiment.demo_report import Learned, Report, Round, judge
 from coordinator.experiment.demo_screen import LiveScreen
@@ -269,6 +270,18 @@ def test_the_verdict_is_about_accuracy_and_about_the_gain(federated, alone, num_
     problems = judge(_report(federated, alone, num_rounds))
     assert len(problems) == len(words)
     assert all(word in problem for word, problem in zip(words, problems, strict=True))
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_hints_are_broken_between_words_never_inside_a_name_and_can_be_pasted(width, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/else/.venv/bin/coordinator"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    lines = next_lines(Plan(rounds=3, num_agents=3, seed=0, broker=None, out=Path("midge-demo")), width)
+    assert max(len(line) for line in lines) <= width
+    commands = "\n".join(lines).replace(" \\\n", "").splitlines()
+    (export,) = [line.split() for line in commands if "export" in line]
+    assert export[1:] == ["export", "latest", "--state-dir", "midge-demo/state", "--to", "model.safetensors"]
+    assert any(line.endswith(" \\") for line in lines) == (width == 80)
 
 
 def _report(federated: float, alone: float, num_rounds: int) -> Report:
