@@ -239,14 +239,16 @@ class TorchTask(ABC):
             TaskError: `state` does not fit the model, or there are no examples.
         """
         num_examples = self.num_examples(data)
-        loss, accuracy, is_classification = 0.0, 0.0, True
+        loss, hits, is_classification = 0.0, 0.0, True
         for outputs, targets in self._outputs(state, data):
             share = len(targets) / num_examples
             loss += self.loss(outputs, targets).item() * share
             is_classification = is_classification and _are_classes(outputs, targets)
             if is_classification:
-                accuracy += (outputs.argmax(dim=1) == targets).double().mean().item() * share
-        return Score(num_examples=num_examples, loss=loss, metrics={"accuracy": accuracy} if is_classification else {})
+                # Counted, and divided once: equal numbers of hits are equal accuracies to the bit, and no later tie is a best.
+                hits += (outputs.argmax(dim=1) == targets).sum().item() / (targets.numel() // len(targets))
+        metrics = {"accuracy": hits / num_examples} if is_classification else {}
+        return Score(num_examples=num_examples, loss=loss, metrics=metrics)
 
     def accuracy_by_label(self, state: State, data: Data) -> dict[int, float]:
         """The accuracy, 0 to 1, over the examples of each label that occurs, in order of label.

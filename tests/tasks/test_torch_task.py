@@ -330,6 +330,26 @@ def test_loss_and_accuracy_are_means_over_the_examples(monkeypatch):
         assert task.accuracy_by_label(state, (inputs, labels)) == {0: 0.5, 1: 1.0}
 
 
+def test_as_many_hits_are_the_same_accuracy_to_the_bit_whichever_batches_they_are_in():
+    task = ModelTask(nn.Identity)
+    outputs = torch.zeros(360, 2)
+    outputs[:, 0] = 1  # all are told to be of class 0
+    for first in range(190, 257):  # 290 hits in batches of 256 and 104, which added up in two ways are two numbers
+        targets = torch.ones(360, dtype=torch.long)
+        targets[:first] = 0
+        targets[256 : 256 + 290 - first] = 0
+        assert task.evaluate({}, (outputs, targets)).metrics == {"accuracy": 290 / 360}
+
+
+def test_accuracy_by_pixel_is_the_mean_over_the_examples():
+    outputs = torch.zeros(3, 2, 2, 2)
+    outputs[:, 0] = 1
+    targets = torch.ones(3, 2, 2, dtype=torch.long)
+    targets[0] = 0
+    targets[1, 0, 0] = 0  # 4, 1 and 0 hits of 4 each
+    assert ModelTask(nn.Identity).evaluate({}, (outputs, targets)).metrics == {"accuracy": 5 / 12}
+
+
 def test_a_regression_has_a_loss_and_no_accuracy():
     data = torch.ones(2, 1), torch.tensor([[1.0], [3.0]])
     task, state = SquaresTask(line), {"weight": np.zeros((1, 1), np.float32)}
