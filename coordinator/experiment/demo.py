@@ -199,7 +199,10 @@ def next_lines(plan: Plan, width: int) -> list[str]:
         [f"{program} export latest", state, "--to model.safetensors"],
         [f"{program} demo --agents 5 --rounds 60"],
     ]
-    lines = [f"The picture is in [bold]{plan.out / 'report.png'}[/],", f"the numbers are in {plan.out / 'report.json'}."]
+    lines = [
+        f"The picture is in [bold]{plan.out / 'report.png'}[/],",
+        f"the numbers are in {plan.out / 'report.json'}.",
+    ]
     lines += ["", "Next, try:", *(line for parts in commands for line in _folded(parts, width))]
     if Path("docker-compose.yml").exists():
         lines.append("  docker-compose up    the same, watched in Prometheus and Grafana")
