@@ -168,14 +168,18 @@ class ComparePlan:
 
     def definition(self) -> dict[str, Any]:
         """All that the results depend on, in JSON's types. Arms and further seeds may be added to what is there already."""
-        given = {agent.agent_id: agent.holding.given() for agent in self.agents}
+
+        def given(holding: Holding) -> Any:
+            """Not `download`: what is downloaded is what would lie there."""
+            return {key: value for key, value in msgspec.to_builtins(holding.given()).items() if key != "download"}
+
         return {
             **{key: value for key, value in run_definition(self.settings).items() if key != "min_agents"},
-            "agents": msgspec.to_builtins(given),
-            "centralized": msgspec.to_builtins(self.central.given()),
+            "agents": {agent.agent_id: given(agent.holding) for agent in self.agents},
+            "centralized": given(self.central),
             "fedsgd_rounds": self.compare.fedsgd_rounds,
             "fedsgd_learning_rate": self.compare.fedsgd_learning_rate,
-            "test": msgspec.to_builtins(self.test.given()),
+            "test": given(self.test),
             "threads": self.compare.threads,
         }
 

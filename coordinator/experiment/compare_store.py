@@ -11,10 +11,11 @@ seed. Arms are made of units: `local-average` of every agent's.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -101,9 +102,11 @@ class CompareStore:
         self._plan = plan
         self._own_broker = own_broker
         self._lock_fd = -1
+        self._is_new = False
 
     def __enter__(self) -> Self:
         out = self._plan.out
+        self._is_new = not out.exists()
         try:
             for directory in (out, self._results, out / "work"):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,19 @@ class CompareStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and self._is_new:
+            self._clear_away()
         os.close(self._lock_fd)
+
+    def _clear_away(self) -> None:
+        """Leave no directory behind where the start failed before anything was done: another one may be meant next."""
+        out = self._plan.out
+        if not any(self._results.iterdir()) and not any((out / "work").iterdir()):
+            for name in ("plan.json", "coordinator.log", "lock"):
+                (out / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something of somebody else's lies there
+                for directory in (self._results, out / "work", out):
+                    directory.rmdir()
 
     @property
     def _results(self) -> Path:
@@ -186,13 +201,42 @@ def write_whole(path: Path, body: bytes) -> None:
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
-    return [f"{key}: there {_short(theirs.get(key))}, here {_short(ours.get(key))}" for key in keys]
+    """A line for each value that is another one; what all agents have in common is one line."""
+    agents = dict(theirs.get("agents", {})), dict(ours.get("agents", {}))
+    of_agents: dict[tuple[str, str, str], list[str]] = {}
+    for agent_id in dict.fromkeys((*agents[0], *agents[1])):
+        if any(agent_id not in side for side in agents):
+            of_agents[(agent_id, *("one" if agent_id in side else "none" for side in agents))] = []
+        else:
+            for change in _changes(agents[0][agent_id], agents[1][agent_id]):
+                of_agents.setdefault(change, []).append(agent_id)
+    before, now = ({key: value for key, value in side.items() if key != "agents"} for side in (theirs, ours))
+    lines = [f"{key}: {there} there, {here} here" for key, there, here in _changes(before, now)]
+    for (key, there, here), owners in of_agents.items():
+        name = ".".join(filter(None, (_some(owners), key)))
+        lines.append(f"{name}: {there} there, {here} here")
+    return lines
+
+
+def _changes(theirs: Mapping[str, Any], ours: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, value there and value here, of each value that differs; a key of an inner table is `table.key`."""
+    for key in dict.fromkeys((*ours, *theirs)):
+        there, here = theirs.get(key), ours.get(key)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            yield from _changes(there, here, f"{above}{key}.")
+        elif there != here:
+            yield f"{above}{key}", _short(there), _short(here)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" if names else ""
 
 
 def _short(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _json(content: Any) -> bytes:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from coordinator.cli import main
+from coordinator.experiment import compare
 from coordinator.experiment.attendance import Attendance
 from coordinator.experiment.baselines import Surveyed
 from coordinator.experiment.budget import counted_steps, expected_steps, fedsgd_rounds, steps_a_round
@@ -249,11 +252,68 @@ def test_a_directory_takes_more_arms_and_seeds_and_refuses_all_else(tmp_path):
         pass
     assert caught.value.status == 2
     text = str(caught.value)
-    assert "rounds: there 30, here 31" in text
-    assert "learning_rate: there 0.1, here 0.2" in text
-    assert "agents: there" in text
+    assert "\n  rounds: 30 there, 31 here\n" in text
+    assert "\n  learning_rate: 0.1 there, 0.2 here\n" in text
+    assert "\n  agent-1 to agent-2.of: 3 there, 2 here\n" in text
+    assert "\n  agent-3: one there, none here\n" in text
     assert "broker: it ran over one of its own" in text
     assert "choose another directory with --out" in text
+
+
+def test_what_differs_is_named_down_to_the_value(tmp_path):
+    first = plan_of(tmp_path, partition="dirichlet:0.3")
+    with CompareStore(first, own_broker=True):
+        pass
+    changed = plan_of(
+        tmp_path,
+        partition="dirichlet:0.5",
+        data_dir="x",
+        assignments=["task_options=width=8"],
+        options={"task": "mnist"},
+    )
+    with pytest.raises(ExperimentError) as caught, CompareStore(changed, own_broker=True):
+        pass
+    assert str(caught.value).splitlines()[1:-1] == [
+        "  task: digits there, mnist here",
+        "  task_options.width: nothing there, 8 here",
+        "  centralized.data_dir: nothing there, x here",
+        "  test.data_dir: nothing there, x here",
+        "  agent-1 to agent-3.data_dir: nothing there, x here",
+        "  agent-1 to agent-3.partition: dirichlet:0.3 there, dirichlet:0.5 here",
+    ]
+
+
+def test_whether_data_may_be_downloaded_makes_no_other_comparison(tmp_path):
+    with CompareStore(plan_of(tmp_path), own_broker=True) as store:
+        federation = store.federation
+    with CompareStore(plan_of(tmp_path, options={"download": True}), own_broker=True) as store:
+        assert store.federation == federation
+
+
+def test_a_start_that_fails_before_anything_is_done_leaves_no_directory(tmp_path):
+    plan = plan_of(tmp_path)
+    with pytest.raises(ExperimentError), CompareStore(plan, own_broker=True):
+        raise ExperimentError("no data")
+    assert not plan.out.exists()
+    with CompareStore(plan, own_broker=True) as store:
+        store.save(unit_result(Unit(kind="federated", seed=3), [0.1, 0.9]))
+    with pytest.raises(ExperimentError), CompareStore(plan, own_broker=True):
+        raise ExperimentError("the second unit failed")
+    assert {path.name for path in plan.out.iterdir()} == {"lock", "plan.json", "results", "work"}
+    empty = plan_of(tmp_path / "there")
+    empty.out.mkdir(parents=True)
+    with pytest.raises(ExperimentError), CompareStore(empty, own_broker=True):
+        raise ExperimentError("no data")
+    assert empty.out.exists()
+
+
+def test_the_advice_to_download_can_be_taken_at_the_command_line(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(compare, "run", lambda config, **given: seen.update(given) or 0)
+    done = CliRunner().invoke(main, ["compare", "--task", "mnist", "--download", "--data-dir", "here"])
+    assert done.exit_code == 0, done.output
+    assert seen["options"] == {"task": "mnist", "rounds": None, "seed": None, "download": True}
+    assert seen["compare"]["data_dir"] == "here"
 
 
 def test_only_one_comparison_at_a_time_has_a_directory(tmp_path):
