@@ -69,7 +69,7 @@ def run(config: Path | None, assignments: tuple[str, ...], as_json: bool, **opti
     sys.exit(commands.run(config, assignments, options, as_json=as_json))
 
 
-@main.command()
+@main.command(short_help="Stay up and serve metrics, health and the API.")
 @_settings_options
 @click.option(
     "--run", "run_config", type=click.Path(path_type=Path), help="Start, or go on with, the run of this file."
@@ -106,7 +106,7 @@ def _looking(command: Any) -> Any:
     return command
 
 
-@main.command()
+@main.command(short_help="What the coordinator does, what is missing, until when.")
 @_looking
 def status(state_dir: Path, as_json: bool) -> None:
     """What the coordinator is doing, what is missing, and until when.
@@ -120,7 +120,7 @@ def status(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.status(state_dir, as_json=as_json))
 
 
-@main.command()
+@main.command(short_help="Follow a running coordinator live.")
 @_looking
 @click.option("--url", metavar="URL", help="Of a coordinator elsewhere, as http://server:8080; instead of --state-dir.")
 @click.option("--once", is_flag=True, help="Show how things are now, and exit.")
@@ -155,7 +155,7 @@ def agents(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.agents(state_dir, as_json=as_json))
 
 
-@main.command()
+@main.command(short_help="All runs of a state directory, the latest first.")
 @_looking
 def runs(state_dir: Path, as_json: bool) -> None:
     """All runs of a state directory, the latest first; works with and without a running coordinator.
@@ -169,7 +169,7 @@ def runs(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.runs(state_dir, as_json=as_json))
 
 
-@main.group(invoke_without_command=True)
+@main.group(invoke_without_command=True, short_help="The versions of a run's model; base models.")
 @_looking
 @click.option("--run", "run_id", metavar="RUN", help="Of this run [default: the latest].")
 @click.pass_context
@@ -188,7 +188,7 @@ def models(context: click.Context, state_dir: Path, as_json: bool, run_id: str |
     sys.exit(commands.models(state_dir, run_id, as_json=as_json))
 
 
-@models.command("push")
+@models.command("push", short_help="Register a base model.")
 @click.argument("name")
 @click.option("--task", default="digits", show_default=True, metavar="TASK", help="Whose model it is, as for `run`.")
 @click.option(
@@ -228,7 +228,7 @@ def list_base_models(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.list_base_models(state_dir, as_json=as_json))
 
 
-@models.command("remove")
+@models.command("remove", short_help="Give up a base model's name.")
 @click.argument("name")
 @click.option(
     "--state-dir",
@@ -260,7 +260,7 @@ def round_group() -> None:
     """
 
 
-@round_group.command("close")
+@round_group.command("close", short_help="Close the current round with what has come.")
 @_looking
 def close_round(state_dir: Path, as_json: bool) -> None:
     """Close the current round with what has come: its updates are averaged, and who still works is told to stop.
@@ -277,7 +277,7 @@ def close_round(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.close_round(state_dir, as_json=as_json))
 
 
-@main.command()
+@main.command(short_help="Write a model as a safetensors file.")
 @click.argument("run_id", metavar="RUN")
 @click.option(
     "--which", default="best", show_default=True, metavar="best|latest|N", help="Which version; N is a round."
@@ -310,7 +310,7 @@ def export(run_id: str, which: str, agent_id: str | None, path: Path, state_dir:
     sys.exit(commands.export(run_id, which, agent_id, path, state_dir))
 
 
-@main.command()
+@main.command(short_help="Write a small project that trains at once.")
 @click.argument("name", metavar="NAME")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="The directory to make [default: NAME].")
 def new(name: str, directory: Path | None) -> None:
@@ -373,7 +373,7 @@ def backup(state_dir: Path, to: Path, as_json: bool) -> None:
     sys.exit(upkeep.backup(state_dir, to, as_json=as_json))
 
 
-@main.command()
+@main.command(short_help="Watch skewed agents learn together what none can alone.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=30, show_default=True, help="Rounds of the federation.")
 @click.option(
     "--agents", "num_agents", type=click.IntRange(2, 10), default=3, show_default=True, help="Agent processes."
@@ -409,7 +409,7 @@ def _label_lists(context: click.Context, parameter: click.Parameter, values: tup
         raise click.BadParameter(f"{', '.join(values)!r}: expected labels such as 1,2,3, once for each agent") from None
 
 
-@main.command()
+@main.command(short_help="Set a federation against data in one place and agents alone.")
 @click.argument("config", required=False, type=click.Path(path_type=Path), envvar="MIDGE_CONFIG")
 @click.option("--task", metavar="TASK", help="What is learned: a built-in name or package.module:object.")
 @click.option("--rounds", type=int, metavar="N", help="Rounds of the federation.")
@@ -426,6 +426,7 @@ def _label_lists(context: click.Context, parameter: click.Parameter, values: tup
 @click.option("--sel-prob", type=float, metavar="P", help="Share of the examples of its labels that an agent has.")
 @click.option("--def-prob", type=float, metavar="P", help="Share of the examples of other labels.")
 @click.option("--data-dir", metavar="DIR", help="Where the data lie.")
+@click.option("--download", is_flag=True, default=None, help="Let the task fetch those that are not there.")
 @click.option("--data-seed", type=int, metavar="N", help="Of the partition, which is the same for all seeds.")
 @click.option("--threads", type=int, metavar="N", help="Threads of each process that trains [default: 1].")
 @click.option(
@@ -443,6 +444,7 @@ def compare(
     task: str | None,
     rounds: int | None,
     seed: int | None,
+    download: bool | None,
     assignments: tuple[str, ...],
     broker: str | None,
     out: Path,
@@ -464,7 +466,7 @@ def compare(
     """
     from coordinator.experiment import compare as comparison  # noqa: PLC0415
 
-    options = {"task": task, "rounds": rounds, "seed": seed}
+    options = {"task": task, "rounds": rounds, "seed": seed, "download": download}
     code = comparison.run(
         config, options=options, compare=table, assignments=assignments, broker=broker, out=out, as_json=as_json
     )

@@ -100,7 +100,7 @@ def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool,
         _fail(str(error), 2)
 
 
-@main.command()
+@main.command(short_help="Check that this agent could work, and say what is wrong.")
 @_common
 @click.option("--timeout-s", type=float, default=10.0, show_default=True, help="Longest wait for the broker.")
 def doctor(file: Path | None, assignments: tuple[str, ...], timeout_s: float, **options: Any) -> None:

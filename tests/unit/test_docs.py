@@ -13,6 +13,7 @@ from typing import get_args
 import click
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 import coordinator.cli
 import coordinator.config
@@ -204,6 +205,15 @@ def quoted_calls() -> list[tuple[str, str, list[str]]]:
         for line in code_lines(path)
         for program, arguments in called(line.strip())
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["coordinator"], ["coordinator", "models"], ["coordinator", "round"], ["edge-agent"]], ids=" ".join
+)
+def test_a_list_of_commands_cuts_no_summary_at_80_columns(arguments):
+    shown = CliRunner().invoke(PROGRAMS[arguments[0]], [*arguments[1:], "--help"], terminal_width=80).output
+    assert "Commands:" in shown
+    assert "..." not in shown.partition("Commands:")[2]
 
 
 @pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: value if isinstance(value, str) else "")
