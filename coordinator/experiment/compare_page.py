@@ -99,7 +99,8 @@ def _curves(comparison: Comparison) -> str:
     band = " The band is one standard deviation over the seeds." if len(comparison.seeds) > 1 else ""
     words = f"{comparison.metric.capitalize()} on the test data, as the budget is used up.{band}"
     return (
-        f"<section><h2>Round by round</h2>{legend(comparison)}<figure>{drawn}"
+        f"<section><h2>Round by round</h2>{legend(comparison)}<figure>"
+        f'<div class="wide" role="region" aria-label="{escape(words)}" tabindex="0">{drawn}</div>'
         f"<figcaption>{escape(words)}</figcaption></figure></section>"
     )
 
@@ -289,7 +290,7 @@ code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow
 .heat td span { display: block; padding: .4rem .3rem; border-radius: 3px; min-width: 2.4rem; }
 .heat .over { color: #ffffff; }
 figure { margin: .4rem 0 0; }
-figure svg { width: 100%; height: auto; display: block; }
+figure svg { width: 100%; min-width: 40rem; height: auto; display: block; } /* narrower, its labels are too small: scroll */
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: 0; padding: 0; font-size: .92rem; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .band { opacity: .16; }
@@ -301,7 +302,7 @@ figure svg { width: 100%; height: auto; display: block; }
   :root { --paper: #ffffff; --ink: #000000; --quiet: #444444; --rule: #cccccc; /*light*/ }
   body { font-size: 11pt; } main { max-width: none; padding: 0; }
   section, figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; }
+  .wide { overflow: visible; } figure svg { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

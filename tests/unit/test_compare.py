@@ -528,6 +528,15 @@ def test_what_comes_from_a_task_cannot_become_markup(tmp_path):
     read(text)
 
 
+def test_the_labels_of_the_chart_can_be_read_on_a_telephone(tmp_path):
+    comparison, _ = comparison_of(tmp_path)
+    text = page(comparison)
+    (drawing,) = re.findall(r'<div class="wide"[^>]*><svg viewBox="0 0 (\d+) ', text)  # which scrolls
+    (least,) = re.findall(r"figure svg {[^}]*min-width: (\d+)rem", text)
+    (font,) = re.findall(r"\.tick {[^}]*font-size: (\d+)px", text)
+    assert int(font) * int(least) * 16 / int(drawing) >= 10  # pixels, on however narrow a screen
+
+
 def test_a_page_of_one_seed_and_of_a_regression_has_no_spread_and_no_labels(tmp_path):
     comparison, _ = comparison_of(tmp_path, has_accuracy=False, seeds=1)
     text = page(comparison)
