@@ -108,10 +108,7 @@ def status(state_dir: Path, *, as_json: bool) -> int:
         _console.print(escape(f"broker {board['broker']}: {board['broker_problem'] or 'connecting'}"))
     for event in board["events"][-5:]:
         _console.print(escape(f"  {event}"), soft_wrap=True)
-    if board["agents"]:
-        _console.print(_agents_table(board["agents"]))
-    else:
-        _console.print("no agent was heard of yet")
+    _show_agents(board["agents"])
     return 0
 
 
@@ -129,7 +126,7 @@ def agents(state_dir: Path, *, as_json: bool) -> int:
         if as_json:
             _print_json(rows)
         else:
-            _console.print(_agents_table(rows))
+            _show_agents(rows)
         return 0
 
     return _look(state_dir, show)
@@ -443,12 +440,15 @@ def _agent_now(row: Mapping[str, Any], board: Mapping[str, Any] | None) -> dict[
     return {"presence": "unknown", "activity": "", "detail": f"no coordinator runs; it came at {at} UTC"}
 
 
-def _agents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _show_agents(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        _console.print("no agent was heard of yet")
+        return
     table = Table("agent", "presence", "doing", "detail")
     for row in rows:
         # The detail is an agent's own text: without `escape`, brackets in it would be taken for markup.
         table.add_row(row["agent_id"], row["presence"], row["activity"], escape(row.get("detail", "")))
-    return table
+    _console.print(table)
 
 
 def _number(value: float | None) -> str:

@@ -111,3 +111,8 @@ def test_when_a_run_began_can_be_told_in_a_terminal_of_80_columns(two_runs, caps
     said = capsys.readouterr().out
     assert len(re.findall(r" 20\d\d-\d\d-\d\d \d\d:\d\d ", said)) == 2
     assert "0.9444 (23)" in said
+
+
+def test_a_directory_that_no_agent_came_to_says_so(two_runs, capsys):
+    assert commands.agents(two_runs.path.parent, as_json=False) == 0
+    assert capsys.readouterr().out == "no agent was heard of yet\n"
