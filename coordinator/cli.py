@@ -331,7 +331,7 @@ _STATE_DIR = click.argument(
 )
 
 
-@main.command()
+@main.command(short_help="Check a state directory, and mend what is safe.")
 @_STATE_DIR
 @click.option("--repair", is_flag=True, help="Remove what nobody needs; no coordinator may be running.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -350,7 +350,7 @@ def verify(state_dir: Path, repair: bool, as_json: bool) -> None:
     sys.exit(upkeep.verify(state_dir, as_json=as_json, repair=repair))
 
 
-@main.command()
+@main.command(short_help="Copy a state directory while it is at work.")
 @_STATE_DIR
 @click.option(
     "--to",
