@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from rich.console import Console, Group, RenderableType
@@ -21,6 +22,7 @@ from coordinator.run import RunState
 from coordinator.store import Store, StoreError
 
 _TRY_AGAIN_S = 1.0
+T = TypeVar("T")
 _EXIT_CODES = {RunState.DONE: 0, RunState.STOPPED: 0, RunState.FAILED: 1}
 
 _console = Console()
@@ -52,6 +54,7 @@ class _Watcher:
         self._url = url
         self._as_json = as_json
         self._board: Board | None = None
+        self._before = self._newest_run()
         self._said = ""
         self._shown: object = None
 
@@ -112,20 +115,40 @@ class _Watcher:
     def _exit_code(self) -> int | None:
         """How the run that was watched ended, as it said, or as its database says where it could not say any more."""
         if self._board is None:
-            return None
+            return self._missed()
         state = self._board.state
-        if state not in _EXIT_CODES and self._url is None:
+        if state not in _EXIT_CODES:
             state = self._stored_state(self._board.run_id) or state
         return _EXIT_CODES.get(state)  # type: ignore[call-overload,no-any-return]
 
+    def _missed(self) -> int | None:
+        """How a run ended that began and was over between two looks; None where there was none."""
+        newest = self._newest_run()
+        if newest is None or (self._before is not None and newest["run_id"] == self._before["run_id"]):
+            return None
+        code = _EXIT_CODES.get(newest["state"])
+        if code is not None:
+            _errors.print(escape(f"{newest['run_id']}  {newest['state']} before it could be watched"), soft_wrap=True)
+        return code
+
+    def _newest_run(self) -> dict[str, Any] | None:
+        rows = self._look(lambda store: store.runs())
+        return rows[0] if rows else None
+
     def _stored_state(self, run_id: str) -> str | None:
+        row = self._look(lambda store: store.run(run_id))
+        return None if row is None else str(row["state"])
+
+    def _look(self, read: Callable[[Store], T]) -> T | None:
+        """What `read` finds in the database; None where there is none, or it is elsewhere."""
+        if self._url is not None:
+            return None
         try:
             store = Store(self._state_dir, read_only=True)
         except StoreError:
             return None
         try:
-            row = store.run(run_id)
-            return None if row is None else str(row["state"])
+            return read(store)
         finally:
             store.close()
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from coordinator.cli import main as coordinator_main
+from coordinator.watch import _Watcher
 from edge_agent.cli import main as edge_agent_main
 from midge.transport.brokers import free_port
 from tests.broker.federation import call, call_json, wait_until
@@ -220,8 +221,13 @@ def test_a_watcher_waits_for_the_coordinator_follows_it_and_ends_with_the_run(mo
     )
     plain.wait_for_log("waiting for one (Ctrl-C ends this)")
     scripted.wait_for_log("waiting for one")
+    federation.hold("agent-0", training=1)
     federation.start_agents(2)
     coordinator = federation.start_coordinator(rounds=3, min_agents=2)
+    federation.wait_for_training("agent-0", 1)
+    for watcher in (plain, scripted):
+        watcher.wait_for_log(federation.run_id())
+    federation.release("agent-0")
     assert (coordinator.wait(), plain.wait(), scripted.wait()) == (0, 0, 0)
     assert f"{federation.run_id()}  done: 3 rounds  after round 2: loss " in plain.log()
     boards = [json.loads(line) for line in scripted.log().splitlines() if line.startswith("{")]
@@ -233,6 +239,16 @@ def test_a_watcher_waits_for_the_coordinator_follows_it_and_ends_with_the_run(mo
     }
     evaluation = federation.updates(2)["agent-1"].evaluation
     assert rounds["agent-1"][1]["evaluation"]["loss"] == evaluation.loss
+
+
+def test_a_watcher_that_missed_a_whole_run_says_how_it_ended(mosquitto, make_federation, capsys):
+    federation = make_federation(mosquitto.url)
+    watcher = _Watcher(federation.state_dir(), None, as_json=False)
+    federation.start_agents(1)
+    assert federation.start_coordinator(rounds=1, min_agents=1).wait() == 0
+    assert watcher.follow() == 0
+    assert f"{federation.run_id()}  done before it could be watched" in capsys.readouterr().err
+    assert _Watcher(federation.state_dir(), None, as_json=False)._exit_code() is None
 
 
 def test_a_watcher_of_a_coordinator_that_was_killed_waits_and_exits_with_1_when_the_run_fails(

@@ -198,6 +198,7 @@ def test_a_copy_that_is_made_while_rounds_are_committed_is_sound_each_time(disk,
             disk.models.delete(disk.digests[round_num - 3])
             members = dict.fromkeys(AGENTS, MemberState.INVITED)
             disk.save(disk.attempt(round_num + 1, RoundState.COLLECTING, members))
+            stop.wait(0.02)  # a round in no time at all would leave no model long enough to be opened
 
     worker = threading.Thread(target=work)
     worker.start()
