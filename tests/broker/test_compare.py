@@ -150,7 +150,7 @@ def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_wa
     # Another configuration is refused with what differs; another arm is added to what is there.
     status, _, complaint = ended(compare(out, *options[:2], "--rounds", "41", *options[4:]))
     assert status == 2
-    assert "another comparison was begun here, which differs in\n  rounds: there 40, here 41" in complaint
+    assert "another comparison was begun here, which differs in\n  rounds: 40 there, 41 here" in complaint
     before = (out / "results" / "federated-seed-0.json").stat().st_mtime_ns
     status, _, complaint = ended(compare(out, *options[:-1], "federated,centralized"))
     assert status == 0, complaint

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-NUM_SEEDS = 500
+NUM_SEEDS = 300
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
