@@ -1,6 +1,6 @@
 """The state directory: what is in it, and who may write it.
 
-    midge.db, -wal, -shm            the database (store.py)
+    midge.db, -wal, -shm            the database (store/)
     models/<digest>.safetensors     models, and what strategies remember (models.py); .<random>.tmp while one is written
     agent-models/<run>/<agent>...   agents' own models, where they are kept (agent_models.py)
     spool/<run>/<round>.spool       frames of the current round (spool.py)

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-import coordinator.store
 from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
-from coordinator.store import DATABASE, KEPT_ROUNDS, SCHEMA_VERSION, AgentLeft, AgentRow, Store, StoreError
+from coordinator.store import DATABASE, KEPT_ROUNDS, SCHEMA_VERSION, AgentLeft, AgentRow, Store, StoreError, tables
 from midge.wire.messages import Evaluation
 from tests.machines import digest, version_digest
 
@@ -220,7 +219,7 @@ def test_an_agent_that_left_unseen_is_offline_and_one_that_was_never_known_stays
 def test_updates_are_remembered_for_some_rounds_and_versions_for_ever(store, monkeypatch):
     assert KEPT_ROUNDS == 100
     kept_rounds = 4
-    monkeypatch.setattr("coordinator.store.KEPT_ROUNDS", kept_rounds)
+    monkeypatch.setattr("coordinator.store.store.KEPT_ROUNDS", kept_rounds)
     run_id, other = create(store), create(store, "e" * 64)
     store.save(other, [ev.SaveUpdate(1, update())])
     store.save(run_id, [version(0)])
@@ -370,8 +369,8 @@ def test_a_database_of_the_first_schema_opens_and_goes_on(store, tmp_path):
 def test_a_migration_that_is_cut_short_leaves_the_first_schema(store, tmp_path, monkeypatch):
     store.close()
     as_schema_1(tmp_path)
-    monkeypatch.setattr(coordinator.store, "SCHEMA_VERSION", 3)
-    monkeypatch.setitem(coordinator.store._MIGRATIONS, 2, "ALTER TABLE no_such ADD COLUMN any VARCHAR")
+    monkeypatch.setattr(tables, "SCHEMA_VERSION", 3)
+    monkeypatch.setitem(tables.MIGRATIONS, 2, "ALTER TABLE no_such ADD COLUMN any VARCHAR")
     with pytest.raises(StoreError, match="no such table: no_such"):
         Store(tmp_path)
     monkeypatch.undo()
