@@ -345,9 +345,9 @@ def verify(state_dir: Path, repair: bool, as_json: bool) -> None:
       coordinator verify midge-state
       coordinator verify /var/lib/midge --json
     """
-    from coordinator import upkeep  # noqa: PLC0415
+    from coordinator.upkeep import commands  # noqa: PLC0415
 
-    sys.exit(upkeep.verify(state_dir, as_json=as_json, repair=repair))
+    sys.exit(commands.verify(state_dir, as_json=as_json, repair=repair))
 
 
 @main.command(short_help="Copy a state directory while it is at work.")
@@ -368,9 +368,9 @@ def backup(state_dir: Path, to: Path, as_json: bool) -> None:
       coordinator backup midge-state --to /backup/midge-monday
       coordinator backup /var/lib/midge --to /backup/midge-monday.tar.gz
     """
-    from coordinator import upkeep  # noqa: PLC0415
+    from coordinator.upkeep import commands  # noqa: PLC0415
 
-    sys.exit(upkeep.backup(state_dir, to, as_json=as_json))
+    sys.exit(commands.backup(state_dir, to, as_json=as_json))
 
 
 @main.command(short_help="Watch skewed agents learn together what none can alone.")

@@ -10,15 +10,15 @@ import threading
 import numpy as np
 import pytest
 
-from coordinator import backup as backup_file
-from coordinator.backup import BackupError, WrongTargetError, backup
 from coordinator.cli import main
 from coordinator.models import ModelStore
 from coordinator.resume import resume
 from coordinator.round import MemberState, RoundState
 from coordinator.spool import RoundSpool
 from coordinator.store import Store, StoreError
-from coordinator.verify import verify
+from coordinator.upkeep import backup as backup_file
+from coordinator.upkeep.backup import BackupError, WrongTargetError, backup
+from coordinator.upkeep.verify import verify
 from midge.wire.frames import content_tag
 from tests.unit.state_dirs import AGENTS, in_the_midst_of_round_3
 

@@ -16,11 +16,11 @@ import pytest
 
 from coordinator import run_events as ev
 from coordinator.cli import main
-from coordinator.findings import Report
 from coordinator.models import ModelStore
 from coordinator.round import MemberState, RoundState
 from coordinator.state_dir import InUseError, is_in_use, lock
-from coordinator.verify import Verifier, WrongDirectoryError, repair, verify
+from coordinator.upkeep.findings import Report
+from coordinator.upkeep.verify import Verifier, WrongDirectoryError, repair, verify
 from midge.wire.layout import Layout, TensorSpec
 from tests.unit.state_dirs import StateDir, in_the_midst_of_round_3
 

@@ -34,10 +34,10 @@ import msgspec
 from coordinator.agent_models import AgentModels
 from coordinator.files import sync_dir
 from coordinator.models import ModelError, verify_file
-from coordinator.spool_scan import log_end
 from coordinator.state_dir import MODELS, SPOOL
 from coordinator.store import DATABASE, Store
-from coordinator.verify_runs import Rows, rows_of
+from coordinator.upkeep.spool_scan import log_end
+from coordinator.upkeep.verify_runs import Rows, rows_of
 
 TAR_ENDINGS = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz"}
 _TRIES = 20

@@ -9,14 +9,14 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from coordinator.backup import BackupError, WrongTargetError
-from coordinator.backup import backup as back_up
-from coordinator.findings import Report
 from coordinator.state_dir import InUseError
 from coordinator.store import StoreError, StoreWriteError
-from coordinator.verify import WrongDirectoryError
-from coordinator.verify import repair as repair_directory
-from coordinator.verify import verify as verify_directory
+from coordinator.upkeep.backup import BackupError, WrongTargetError
+from coordinator.upkeep.backup import backup as back_up
+from coordinator.upkeep.findings import Report
+from coordinator.upkeep.verify import WrongDirectoryError
+from coordinator.upkeep.verify import repair as repair_directory
+from coordinator.upkeep.verify import verify as verify_directory
 
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)

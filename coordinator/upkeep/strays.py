@@ -7,11 +7,11 @@ from pathlib import Path
 
 from coordinator.agent_models import DIRECTORY as AGENT_MODELS
 from coordinator.disk import LEFTOVER
-from coordinator.findings import Finding, Report
 from coordinator.models import ModelError, ModelFile, is_abandoned
 from coordinator.state_dir import LOCK, MODELS, SPOOL
 from coordinator.store import DATABASE
-from coordinator.verify_runs import DIGEST, RunRows
+from coordinator.upkeep.findings import Finding, Report
+from coordinator.upkeep.verify_runs import DIGEST, RunRows
 from midge.wire.identifiers import is_identifier
 
 _OURS = {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", LOCK, MODELS, SPOOL, AGENT_MODELS}

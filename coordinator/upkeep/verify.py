@@ -17,14 +17,14 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.findings import RESTORE, Finding, Report
 from coordinator.models import ModelError, verify_file
 from coordinator.run_events import AcceptedUpdate
-from coordinator.spool_scan import Scan, SeenFrame, scan
 from coordinator.state_dir import LOCK, MODELS, SPOOL, is_in_use, lock
 from coordinator.store import DATABASE, Store, StoreError
-from coordinator.strays import check_agent_models, files_in, strays
-from coordinator.verify_runs import DIGEST, Rows, RunRows, broken, rows_of
+from coordinator.upkeep.findings import RESTORE, Finding, Report
+from coordinator.upkeep.spool_scan import Scan, SeenFrame, scan
+from coordinator.upkeep.strays import check_agent_models, files_in, strays
+from coordinator.upkeep.verify_runs import DIGEST, Rows, RunRows, broken, rows_of
 from midge.wire.frames import Framing, content_tag, update_digest
 from midge.wire.layout import Layout
 
