@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from coordinator.files import sync_dir, write_at
 from coordinator.model_format import FilePlan, ModelError, export_plan, model_plan, narrow, read_header
 from midge.tasks.base import State
-from midge.tasks.flatten import check_counters, layout_of, state_to_vector, vector_to_state
+from midge.tasks.flatten import layout_of, state_to_vector, vector_to_state
 from midge.wire.frames import ELEMENT_BYTES
 from midge.wire.layout import Layout, model_hash
 
@@ -63,7 +63,7 @@ class ModelWriter:
     """
 
     def __init__(self, directory: Path, layout: Layout, counters: Sequence[int]) -> None:
-        check_counters(counters, layout)
+        layout.check_counters(counters)
         self._directory = directory
         self._layout = layout
         self._counters = tuple(counters)

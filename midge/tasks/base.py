@@ -48,6 +48,11 @@ class DataSpec:
     seed: int = 0
     download: bool = False
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it leaves out any of the data."""
+        return bool(self.classes or self.partition or self.num_parts > 1 or self.sel_prob < 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:

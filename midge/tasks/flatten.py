@@ -55,28 +55,6 @@ def _in_a_state(layout: Layout) -> Layout:
     )
 
 
-def check_counters(counters: Sequence[int], layout: Layout) -> None:
-    """Check that `counters` are as many as the layout's integer buffers hold, each within its buffer's type.
-
-    Raises:
-        LayoutError: they are not; the message names the buffer.
-    """
-    if len(counters) != layout.num_counters:
-        raise LayoutError(f"{len(counters)} counters: expected {layout.num_counters}, as the layout has")
-    for spec, start, stop in layout.integers():
-        low, high = _limits(spec)
-        for value in counters[start:stop]:
-            if not low <= value <= high:
-                raise LayoutError(f"counter {value} for {spec}: expected {low} to {high}")
-
-
-def _limits(spec: TensorSpec) -> tuple[int, int]:
-    if spec.dtype == "bool":
-        return 0, 1
-    info = np.iinfo(spec.dtype)
-    return int(info.min), int(info.max)
-
-
 def state_to_vector(state: State, layout: Layout) -> tuple[NDArray[np.float32], tuple[int, ...]]:
     """What travels of a state: a new float32[layout.num_elements], and the counters.
 
@@ -122,7 +100,7 @@ def vector_to_state(vector: NDArray[np.float32], counters: Sequence[int], layout
     """
     if vector.shape != (layout.num_elements,) or vector.dtype != np.float32:
         raise LayoutError(f"vector {vector.shape} {vector.dtype}: expected ({layout.num_elements},) float32")
-    check_counters(counters, layout)
+    layout.check_counters(counters)
     floats = {
         spec.name: vector[start:stop].reshape(spec.shape).astype(numpy_dtype(spec), copy=False)
         for spec, start, stop in layout.floats()

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 
 from midge.tasks.base import DataSpec, Score, State, TaskError, Trained, TrainSpec
 from midge.tasks.inspection import labels_of
-from midge.tasks.sharing import is_share, share
+from midge.tasks.sharing import share
 from midge.tasks.torch_task import EVALUATION_BATCH, Paced, load_state, state_of
 from midge.tasks.user_code import DataFunction, named_parameters, number, numbers_of, round_config, seeded
 
@@ -100,10 +100,7 @@ class LoopTask:
         known = set(_known(TrainSpec(), self._device))
         self._train_names = named_parameters(train, known, "train", first=2)
         self._test_names = named_parameters(test, known, "test", first=2)
-        self._test_data = None
-        if test_data is not None:
-            is_function = callable(test_data) and not hasattr(test_data, "__getitem__")
-            self._test_data = DataFunction(test_data if is_function else lambda: test_data, "test_data")
+        self._test_data = None if test_data is None else DataFunction.of(test_data, "test_data")
         self._spec = TrainSpec()
 
     def initial_state(self, seed: int) -> State:
@@ -120,7 +117,7 @@ class LoopTask:
         with seeded(spec.seed):
             given = self._load_data(spec)
         train, test = _two(given)
-        if not self._load_data.deals and is_share(spec):
+        if not self._load_data.deals and spec.is_share:
             train = _share_of(train, spec)
         return LoopData(train, train if test is None else test)
 

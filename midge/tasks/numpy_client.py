@@ -99,7 +99,7 @@ class NumpyClientTask:
         Raises:
             TaskError: the operator gave a share, which nobody can take: the client has its data to itself.
         """
-        if not self._make.deals and (spec.classes or spec.partition or spec.num_parts > 1 or spec.sel_prob < 1):
+        if not self._make.deals and spec.is_share:
             raise TaskError(
                 f"task {self.name}: the agent was started with classes, a partition or a share, and the client loads its data "
                 "by itself: let a function make it from the DataSpec, as numpy_client_task(lambda spec: ...), or leave them out"

@@ -20,18 +20,13 @@ Examples: TypeAlias = tuple[Tensor, Tensor] | Dataset[Any]
 _NEED_LABELS = ("shards", "dirichlet")
 
 
-def is_share(spec: DataSpec) -> bool:
-    """Whether `spec` leaves anything out."""
-    return bool(spec.classes or spec.partition or spec.num_parts > 1 or spec.sel_prob < 1)
-
-
 def share(data: Examples, spec: DataSpec) -> Examples:
     """The examples that `spec` gives its agent, in the order that `data` has them in; `data` itself where that is all.
 
     Raises:
         TaskError: `spec` needs labels, and these cannot be read; or it makes no sense for them, see `select`.
     """
-    if not is_share(spec):
+    if not spec.is_share:
         return data
     indices = select(_labels_for(data, spec), spec)
     if isinstance(data, tuple):

@@ -8,7 +8,7 @@ Whoever needs more subclasses `midge.tasks.torch_task.TorchTask`, of which this 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -50,8 +50,8 @@ class SimpleTask(TorchTask):
     ) -> None:
         self.name = name or getattr(model, "__name__", "simple")  # type: ignore[misc]
         self._model_maker = model
-        self._train_data = _function(train_data, "train_data")
-        self._test_data = None if test_data is None else _function(test_data, "test_data")
+        self._train_data = DataFunction.of(train_data, "train_data")
+        self._test_data = None if test_data is None else DataFunction.of(test_data, "test_data")
         self._loss = loss
         self._optimizer = optimizer
 
@@ -82,9 +82,3 @@ class SimpleTask(TorchTask):
             return super().make_optimizer(model, spec)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return self._optimizer(parameters, lr=spec.learning_rate)
-
-
-def _function(source: Any, what: str) -> DataFunction:
-    """`source` where it is a function; else one that gives it. A data set may be callable, and still is one."""
-    is_function = callable(source) and not hasattr(source, "__getitem__")
-    return DataFunction(source if is_function else lambda: source, what)

@@ -11,7 +11,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class DataFunction:
         self._function = function
         self._names = named_parameters(function, set(_of_data(DataSpec())), what)
         self.deals = not _DEALS.isdisjoint(self._names)
+
+    @classmethod
+    def of(cls, source: Any, what: str) -> Self:
+        """`source` where it is a function; else one that gives it. A data set may be callable, and still is one."""
+        is_function = callable(source) and not hasattr(source, "__getitem__")
+        return cls(source if is_function else lambda: source, what)
 
     def __call__(self, spec: DataSpec) -> Any:
         """What the function gives."""
