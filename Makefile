@@ -6,13 +6,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check test-deploy bench clean
+.PHONY: demo test faults check test-deploy bench clean
 
 demo: $(STAMP)
 	@$(BIN)/coordinator demo $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term $(ARGS)
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest --faults --seeds 10000 --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

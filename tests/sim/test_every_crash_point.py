@@ -36,6 +36,7 @@ def survives(federation: Federation, what: str) -> bool:
     return federation.num_crashes > 0
 
 
+@pytest.mark.fault(3)
 def test_a_coordinator_killed_at_any_operation_goes_on_and_no_agent_trains_twice():
     operation = 1
     while True:
@@ -48,6 +49,7 @@ def test_a_coordinator_killed_at_any_operation_goes_on_and_no_agent_trains_twice
     assert operation > 150
 
 
+@pytest.mark.fault(4)
 def test_an_agent_killed_at_any_operation_comes_back():
     operation = 1
     while True:

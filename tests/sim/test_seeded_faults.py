@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
+
 from tests.sim.federation import told
 from tests.sim.scenario import FAULTS_S, RECOVERY_S, draw
 
 
+@pytest.mark.fault(1, 3, 4, 5, 6, 7, 8, 16)
 def test_a_federation_keeps_every_invariant_and_recovers_from_any_faults(seed):
     scenario = draw(seed)
     federation = scenario.federation
