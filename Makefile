@@ -12,7 +12,7 @@ demo: $(STAMP)
 	@$(BIN)/coordinator demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest --faults --seeds 10000 --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)

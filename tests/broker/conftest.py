@@ -7,6 +7,7 @@ free_port         a TCP port of 127.0.0.1 that nobody listens on
 peer              connects to an address and keeps what happens
 federation        coordinators and agents, as processes, over `broker`; its processes are ended
 make_federation   the same over a broker of one's own, and as many as are wanted
+unmeasured        coverage does not follow child processes, in which torch's import would take half as long again
 scripted_broker   answers as a test says, for what no real broker can be made to say
 
 A test never skips for want of a broker: what is not installed fails.
@@ -284,6 +285,13 @@ def scripted_broker():
     yield start
     for scripted in started:
         scripted.stop()
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    for name in tuple(os.environ):
+        if name.startswith("COVERAGE_"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ def alone(make_federation):
 
 
 def test_an_agent_says_what_it_has_and_then_is_one_process_again(alone):
-    agent = alone.start_agent("agent-0", "--task", "tests.unit.tiny_tasks:labelled", part=2, partition="contiguous")
+    agent = alone.start_agent(
+        "agent-0", "--task", "tests.unit.tiny_tasks:labelled", part=2, partition="contiguous", check_data="true"
+    )
     agent.wait_for_log("data checked")
     assert 'examples=20 labels="cat:6 dog:7 cow:7"' in agent.log()
     wait_until(lambda: not agent.children(), "the process that looked at the data is ended")
@@ -32,7 +34,7 @@ def test_an_agent_says_what_it_has_and_then_is_one_process_again(alone):
 
 
 def test_an_agent_of_one_class_is_warned(alone):
-    agent = alone.start_agent("agent-0", "--task", "tests.broker.tasks:one_class")
+    agent = alone.start_agent("agent-0", "--task", "tests.broker.tasks:one_class", check_data="true")
     agent.wait_for_log("data of one class")
     assert "if that is not meant, look at data_dir, classes and partition" in agent.log()
     assert "labels=1:5" in agent.log()
@@ -42,7 +44,7 @@ def test_without_data_an_agent_says_so_stays_and_refuses_for_that_reason(mosquit
     federation = make_federation(mosquitto.url)
     fault = federation.control("agent-0") / "fault"
     fault.write_text("no-data")
-    agent = federation.start_agent("agent-0")
+    agent = federation.start_agent("agent-0", check_data="true")
     agent.wait_for_log("data cannot be used")
     assert f"no examples in {federation.control('agent-0')}: put some there" in agent.log()
     assert "Traceback" not in agent.log()
@@ -59,7 +61,7 @@ def test_data_that_come_later_are_found_without_a_restart(mosquitto, make_federa
     federation = make_federation(mosquitto.url)
     fault = federation.control("agent-0") / "fault"
     fault.write_text("no-data")
-    agent = federation.start_agent("agent-0")
+    agent = federation.start_agent("agent-0", check_data="true")
     agent.wait_for_log("data cannot be used")
     fault.unlink()
     assert federation.start_coordinator(rounds=1, min_agents=1).wait() == 0
@@ -69,7 +71,7 @@ def test_data_that_come_later_are_found_without_a_restart(mosquitto, make_federa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_check_under_way_ends_with_its_agent(alone, number):
     (alone.control("agent-0") / "fault").write_text("slow-data")
-    agent = alone.start_agent("agent-0")
+    agent = alone.start_agent("agent-0", check_data="true")
     children = wait_until(agent.children, "the data are being loaded")
     agent.send_signal(number)
     assert agent.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)

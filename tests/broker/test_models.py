@@ -12,6 +12,8 @@ from midge.tasks.digits import DigitsTask
 from tests.broker import tasks
 from tests.broker.federation import assert_same_model, call, federated
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

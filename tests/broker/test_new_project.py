@@ -13,6 +13,8 @@ from coordinator.models import ModelStore
 from coordinator.store import Store
 from tests.broker.federation import Program, call, environment
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 SLOW_S = 240.0
 """Three processes import torch, perhaps on one core."""
 

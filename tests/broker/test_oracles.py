@@ -10,11 +10,14 @@ import itertools
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from midge.transport.base import MessageReceived
 from midge.wire.topics import Topics
 from tests.broker import tasks
 from tests.broker.federation import assert_same_model, federated
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 WIDE = "tests.broker.tasks:wide"
 

@@ -14,6 +14,8 @@ from midge.tasks.base import DataSpec, TrainSpec, seed_of
 from tests.broker import tasks
 from tests.broker.federation import ROOT, assert_same_model, wait_until
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 SCENARIO = ROOT / "examples" / "two_workers"
 VISITS = 20
 

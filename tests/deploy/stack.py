@@ -101,9 +101,15 @@ class Stack:
         """Remove containers, network and volumes. Images stay, so that the next build is quick."""
         self.compose("down", "-v", "--remove-orphans", "-t", "5")
 
+    @property
+    def _network(self) -> str:
+        return f"{self.project}_default"
+
     def container(self, service: str) -> str:
-        """Id of the service's container."""
-        return self.compose("ps", "-q", service).strip()
+        """Id of the service's container, which may be stopped."""
+        label = "label=com.docker.compose."
+        filters = ["--filter", f"{label}project={self.project}", "--filter", f"{label}service={service}"]
+        return _checked(["docker", "ps", "--all", "--quiet", *filters]).strip()
 
     def inspect(self, service: str) -> dict[str, Any]:
         """What the engine knows of the service's container."""
@@ -113,6 +119,26 @@ class Stack:
     def kill(self, service: str) -> None:
         """End the container as a power cut would."""
         _checked(["docker", "kill", self.container(service)])
+
+    def freeze(self, service: str) -> None:
+        """Stop the container's first process where it is: its connections stay open, and nobody answers."""
+        _checked(["docker", "kill", "--signal", "STOP", self.container(service)])
+
+    def thaw(self, service: str) -> None:
+        """Let it go on."""
+        _checked(["docker", "kill", "--signal", "CONT", self.container(service)])
+
+    def cut_off(self, service: str) -> None:
+        """Take the container from the network: what it sends is lost, and nobody is told."""
+        _checked(["docker", "network", "disconnect", self._network, self.container(service)])
+
+    def join_again(self, service: str) -> None:
+        """Give it back to the network, under the name that the others know."""
+        _checked(["docker", "network", "connect", "--alias", service, self._network, self.container(service)])
+
+    def start_alone(self, service: str) -> None:
+        """Start the container, whatever it depends on."""
+        _checked(["docker", "start", self.container(service)])
 
     def inside(self, service: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the service's container."""

@@ -4,15 +4,18 @@ The tests tell one story, in this order, about one run: bringing it up for each 
 """
 
 import json
+import time
 
 import pytest
 
 from tests.dashboard import panel_queries, substitute
-from tests.deploy.stack import FEDERATION, OURS, ROOT, Stack, eventually
+from tests.deploy.stack import AGENTS, FEDERATION, OURS, ROOT, Stack, eventually
 
 pytestmark = pytest.mark.deploy
 
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "midge.json"
+FROZEN_S = 10.0
+"""Longer than a round, and shorter than the keep-alive: nobody is told of it."""
 COORDINATOR_PACKAGES = ("sqlalchemy", "starlette", "uvicorn", "prometheus_client", "rich", "matplotlib", "amqtt")
 WHICH_CAN_BE_IMPORTED = (
     "import importlib.util, json, sys; print(json.dumps([p for p in sys.argv[1:] if importlib.util.find_spec(p)]))"
@@ -73,6 +76,51 @@ def test_a_killed_coordinator_goes_on_with_the_same_run(stack: Stack) -> None:
     assert eventually("the coordinator answers", stack.status)["run_id"] == run_id
     assert stack.committed() >= last_round
     stack.wait_for_rounds(more=2)
+
+
+def test_a_frozen_agent_is_missed_and_takes_part_again(stack: Stack) -> None:
+    stack.freeze("agent-2")
+    eventually("agent-2 is missed", lambda: stack.presence("agent-2"), lambda presence: presence != "online")
+    stack.wait_for_rounds(more=2)
+    stack.thaw("agent-2")
+    eventually("a round of all three", stack.num_updates, lambda number: number == 3)
+
+
+@pytest.mark.parametrize("service", ["coordinator", "mosquitto"])
+def test_the_run_goes_on_where_it_was_after_a_service_was_frozen(stack: Stack, service: str) -> None:
+    run_id, last_round = stack.status()["run_id"], stack.committed()
+    stack.freeze(service)
+    time.sleep(FROZEN_S)
+    stack.thaw(service)
+    assert stack.wait_for_rounds(more=2) >= last_round + 2
+    assert stack.status()["run_id"] == run_id
+
+
+@pytest.mark.parametrize("service", ["agent-2", "coordinator", "mosquitto"])
+def test_a_service_that_was_cut_from_the_network_comes_back_by_itself(stack: Stack, service: str) -> None:
+    run_id = stack.status()["run_id"]
+    stack.cut_off(service)
+    time.sleep(FROZEN_S)
+    stack.join_again(service)
+    assert eventually("the coordinator answers", stack.status)["run_id"] == run_id
+    stack.wait_for_rounds(more=2)
+    eventually("a round of all three", stack.num_updates, lambda number: number == 3)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [("agent-3", "coordinator", "agent-1", "agent-2", "mosquitto"), ("coordinator", "mosquitto", *reversed(AGENTS))],
+    ids=["the broker last", "the coordinator first"],
+)
+def test_services_may_be_started_in_any_order(stack: Stack, order: tuple[str, ...]) -> None:
+    run_id, last_round = stack.status()["run_id"], stack.committed()
+    stack.compose("stop", "-t", "20", *order)
+    for service in order:
+        stack.start_alone(service)
+    board = eventually("the coordinator answers", stack.status)
+    assert (board["run_id"], stack.committed() >= last_round) == (run_id, True)
+    stack.wait_for_rounds(more=1)
+    eventually("a round of all three", stack.num_updates, lambda number: number == 3)
 
 
 @pytest.mark.parametrize("service", ["mosquitto", *OURS])
