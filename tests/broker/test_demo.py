@@ -26,7 +26,7 @@ from midge.transport.base import MessageReceived
 from midge.wire.messages import Evaluation
 from tests.environment import unmeasured
 
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
