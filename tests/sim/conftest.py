@@ -4,13 +4,15 @@ import logging
 
 import pytest
 
+from tests.sim import measured
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes a `seed` once for each."""
     if "seed" in metafunc.fixturenames:
         seed = metafunc.config.getoption("--seed")
         seeds = range(metafunc.config.getoption("--seeds")) if seed is None else [seed]
-        metafunc.parametrize("seed", seeds)
+        metafunc.parametrize("seed", measured.first(measured.NUM_SEEDS, seeds))
 
 
 @pytest.fixture(autouse=True)

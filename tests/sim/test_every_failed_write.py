@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.round import RoundConfig
+from tests.sim import measured
 from tests.sim.agent_process import Behaviour
 from tests.sim.federation import Federation, told
 
@@ -39,7 +40,7 @@ def outlives(federation: Federation, what: str) -> bool:
 
 
 @pytest.mark.parametrize("lands", [False, True], ids=["undone", "done"])
-@pytest.mark.parametrize("times", [1, 2, 3, 5])
+@pytest.mark.parametrize("times", measured.first(1, [2, 1, 3, 5]))
 def test_a_disk_that_fails_at_any_write_for_a_while_changes_no_version(times, lands):
     """Undone: no room. Done: an error of the device, after which nobody knows what is there."""
     write = 1
@@ -54,6 +55,7 @@ def test_a_disk_that_fails_at_any_write_for_a_while_changes_no_version(times, la
     assert write > 40
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("lands", [False, True], ids=["undone", "done"])
 @pytest.mark.parametrize("later", [1, 2, 4, 7])
 def test_a_coordinator_killed_while_it_waits_for_the_disk_or_soon_after_goes_on(later, lands):
@@ -67,6 +69,7 @@ def test_a_coordinator_killed_while_it_waits_for_the_disk_or_soon_after_goes_on(
     assert num_crashes > 40  # a run whose last writes fail may be over before
 
 
+@pytest.mark.no_cover
 def test_agents_and_broker_may_come_and_go_while_the_disk_fails():
     """The coordinator hears what happens meanwhile, and a disk that fails for long costs no attempt."""
     for seed in range(30):
