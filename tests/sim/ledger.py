@@ -11,6 +11,7 @@ I9  accepted + rejected + late + duplicate = received, in the store and in what 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from coordinator import run_events as ev
 from coordinator.round import MemberState, RoundState
@@ -21,6 +22,8 @@ from midge.wire.frames import Framing, content_tag
 from midge.wire.messages import Head, Invitation, Receipt, ToAgent
 from tests.machines import LAYOUT
 
+SpoolKey = tuple[int, str, bytes]
+
 
 class Ledger:
     """The ledger of one run, over all starts of its coordinator.
@@ -28,6 +31,7 @@ class Ledger:
     Attributes:
         spool: frames by (round, agent, tag), then by index.
         bases: the version that each update was really trained on, by the update's digest.
+        unsynced: for each operation of the spool that no sync has made durable, what takes it back.
     """
 
     def __init__(self, quorum: int, num_frames: int) -> None:
@@ -36,8 +40,9 @@ class Ledger:
         self.attempt: ev.SaveAttempt | None = None
         self.updates: dict[int, dict[str, ev.AcceptedUpdate]] = defaultdict(dict)
         self.tallies: dict[tuple[str, str], int] = {}
-        self.spool: dict[tuple[int, str, bytes], dict[int, FrameFacts]] = defaultdict(dict)
+        self.spool: dict[SpoolKey, dict[int, FrameFacts]] = defaultdict(dict)
         self.bases: dict[str, str] = {}
+        self.unsynced: list[Callable[[], object]] = []
         self._quorum = quorum
         self._num_frames = num_frames
         self._evaluated: set[int] = set()
@@ -108,6 +113,7 @@ class Ledger:
         self.updates.pop(round_num, None)
         for key in [key for key in self.spool if key[0] <= round_num]:
             del self.spool[key]
+        self.unsynced.clear()
 
     def aggregates(self, command: ev.AggregateUpdates) -> None:
         """It asks for an aggregation."""
@@ -116,8 +122,36 @@ class Ledger:
         assert len(agents) >= self._quorum, f"I5: {len(agents)} updates are aggregated"
         assert command.base_digest == self.versions[-1].digest, "I3: aggregated on another version"
         stored = self.updates[command.round_num]
-        assert all(stored[update.agent_id] == update for update in command.updates), "it is not what is stored"
+        assert {update.agent_id: update for update in command.updates} == stored, "an accepted update was lost"
+        for update in command.updates:
+            frames = self.spool[command.round_num, update.agent_id, content_tag(update.update_digest)]
+            assert len(frames) == self._num_frames, f"a frame of {update} was lost"
         self._aggregated = command.updates
+
+    # The spool, which is a log: of what was not synced, a power loss keeps some of the first operations.
+
+    def store_frame(self, key: SpoolKey, index: int, facts: FrameFacts) -> None:
+        """A frame is appended."""
+        frames = self.spool[key]
+        if index not in frames:
+            frames[index] = facts
+            self.unsynced.append(lambda: frames.pop(index, None))
+
+    def forget_frames(self, key: SpoolKey) -> None:
+        """The frames of one update are never to be read again."""
+        forgotten = self.spool.pop(key, None)
+        if forgotten is not None:
+            self.unsynced.append(lambda: self.spool.update({key: forgotten}))
+
+    def sync(self) -> None:
+        """All of it is durable."""
+        self.unsynced.clear()
+
+    def lose_power(self, num_kept: int) -> None:
+        """Of what was not synced, only the first `num_kept` operations were done."""
+        for undo in reversed(self.unsynced[num_kept:]):
+            undo()
+        self.unsynced.clear()
 
     # What it says.
 

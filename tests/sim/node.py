@@ -30,6 +30,9 @@ class Node:
     Attributes:
         agent: the machine of the present start.
         journal: a finished update, which outlives a start.
+        erased: what was erased from the journal last and would be there again after a power loss, for want of a sync.
+        trained: the rounds in which it finished a training.
+        connection: counts its connections; what was sent on an earlier one does not come.
         wake_at: when the machine wants to be called.
     """
 
@@ -39,9 +42,11 @@ class Node:
         self.world = world
         self.agent_id = agent_id
         self.journal: ev.FinishedUpdate | None = None
+        self.erased: ev.FinishedUpdate | None = None
+        self.trained: list[int] = []
         self.is_connected = False
         self.wake_at = math.inf
-        self._connection = 0
+        self.connection = 0
         self._training = 0
         self._down_at = self._up_at = 0.0
         self._start()
@@ -58,16 +63,16 @@ class Node:
     def tell(self, event: ev.Event) -> None:
         """A message goes from the broker to it, where it has a connection."""
         if self.is_connected:
-            self._down_at = self.world.network.send(self._down_at, self._arrive, self._connection, event)
+            self._down_at = self.world.network.send(self._down_at, self._arrive, self.connection, event)
 
     def give_frames(self, head: Head, wanted: tuple[int, ...]) -> None:
         """Frames of a model go to it likewise."""
         if self.is_connected:
             for index in wanted:
-                self._down_at = self.world.network.send(self._down_at, self._frame_came, self._connection, head, index)
+                self._down_at = self.world.network.send(self._down_at, self._frame_came, self.connection, head, index)
 
     def _arrive(self, connection: int, event: ev.Event) -> None:
-        if self.is_connected and self._connection == connection:
+        if self.is_connected and self.connection == connection:
             self.step(event)
 
     def _frame_came(self, connection: int, head: Head, index: int) -> None:
@@ -80,10 +85,12 @@ class Node:
         while events:
             for command in agent.step(events.pop(0), now):
                 if type(command) not in _NOTES:
+                    self.world.tick(self)
                     result = self._perform(command)
                     if result is not None:
                         events.append(result)
             agent.check()
+        self.world.tick(self)
         self.wake_at = agent.deadline()
         assert self.wake_at > now, f"{self.agent_id} is woken again and again in {agent.work}"
 
@@ -108,7 +115,7 @@ class Node:
             case ev.StopTraining():
                 self._training += 1
             case ev.EraseWork():
-                self.journal = None
+                self.erased, self.journal = self.journal, None
             case ev.WatchHead():
                 world.give_head(self)
             case ev.AnnouncePresence():
@@ -130,7 +137,10 @@ class Node:
             return
         update, _ = work(self.world.framing, self.agent_id, invitation.round_num, invitation.model_digest)
         self.world.ledger.trained(update, invitation.model_digest)
-        self.journal = update
+        self.world.tick(self)
+        self.trained.append(update.round_num)
+        self.journal, self.erased = update, None
+        self.world.tick(self)
         self.step(ev.TrainingFinished(update))
 
     # Its connection, and its life.
@@ -139,7 +149,7 @@ class Node:
         """It reaches the broker, if it did not."""
         if not self.is_connected:
             self.is_connected = True
-            self._connection += 1
+            self.connection += 1
             self.step(ev.BrokerConnected())
             if self.world.status is not None:
                 self.tell(ev.CoordinatorSeen(self.world.status))

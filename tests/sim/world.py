@@ -103,6 +103,13 @@ class World:
             assert at < bound_s, f"round {self.run.current_round} is not committed at {at:.0f} s: {self.describe()}"
             network.now = max(network.now, at)
             act(*args)
+            self.acted(act)
+
+    def acted(self, act: Callable[..., None]) -> None:
+        """Something was done; small_world.py looks at it."""
+
+    def tick(self, process: World | Node) -> None:
+        """An operation of this process is about to be done, or was just done; small_world.py kills it here."""
 
     def describe(self) -> str:
         """Where everyone stands, and what happened last."""
@@ -138,9 +145,9 @@ class World:
     def _take(self, commands: list[ev.Command]) -> None:
         run, ledger = self.run, self.ledger
         commands += run.end_turn()
-        for save in commands:
-            if type(save) in _SAVES:
-                ledger.save(save)
+        saves = [command for command in commands if type(command) in _SAVES]
+        if saves:
+            self._save(saves)
         for command in commands:
             kind = type(command)
             if kind in _NOTES:
@@ -148,10 +155,21 @@ class World:
                 if kind is ev.RoundEnded:
                     self.tell(f"round {command.round_num}.{command.attempt} {command.outcome} {command.reason}")
             elif kind not in _SAVES:
+                self.tick(self)
                 self._perform(command)
+        self.tick(self)
         ledger.check(run)
         self._wake_at = run.deadline()
         assert self._wake_at > self.network.now, f"the run is woken again and again: {run.status()}"
+
+    def _save(self, saves: Sequence[ev.Save]) -> None:
+        """One transaction; the spool is synced before, if updates are in it."""
+        self.tick(self)
+        if any(type(save) is ev.SaveUpdate for save in saves):
+            self.ledger.sync()
+            self.tick(self)
+        for save in saves:
+            self.ledger.save(save)
 
     def _perform(self, command: ev.Command) -> None:
         match command:
@@ -168,7 +186,7 @@ class World:
                 score = Evaluation(num_examples=10, loss=1.0, metrics={"accuracy": 1.0 - 1.0 / (1.0 + round_num)})
                 self._compute(self.takes_s(0.1, 30.0), ev.ModelEvaluated(round_num, score))
             case ev.ForgetFrames(agent_id, forgotten):
-                self.ledger.spool.pop((self.run.current_round, agent_id, content_tag(forgotten)), None)
+                self.ledger.forget_frames((self.run.current_round, agent_id, content_tag(forgotten)))
             case ev.CallRoll():
                 if self.is_connected:
                     for node in self.nodes.values():
@@ -219,7 +237,8 @@ class World:
         if verdict is not Verdict.WANTED:
             self.step(ev.FrameDropped(agent_id, verdict))
             return
-        self.ledger.spool[frame.round_num, agent_id, frame.content_tag][frame.index] = facts
+        self.ledger.store_frame((frame.round_num, agent_id, frame.content_tag), frame.index, facts)
+        self.tick(self)
         self.step(ev.FrameStored(agent_id, frame.index, facts))
 
     # The model at the broker.
