@@ -44,6 +44,7 @@ from coordinator.models import ModelFile, ModelStore, ModelWriter
 from coordinator.server_state import ServerState, ServerStateError
 from coordinator.spool import RoundSpool, StoredFrame
 from coordinator.strategies.base import Step, Strategy
+from midge.failpoints import fail_point
 from midge.wire.frames import ELEMENT_BYTES, Framing
 
 _Squares = tuple[float, float]
@@ -219,6 +220,7 @@ class Fold:
         with np.errstate(all="ignore"):  # what is not finite is found by its sum of squares
             for start in starts:
                 sums.append(self._fold_block(start, rows, mean, state))
+                fail_point("coordinator.aggregation.block")
                 resident_bytes += self._block_elements * ELEMENT_BYTES
                 if resident_bytes >= _RELEASE_BYTES:
                     self._base.release()

@@ -31,7 +31,8 @@ from coordinator.scoring import training_metrics
 from coordinator.service import Service
 from coordinator.store import DATABASE, Store, StoreError
 from coordinator.tracking import TrackerError
-from midge import log
+from midge import failpoints, log
+from midge.failpoints import FailPointError
 from midge.settings import SettingsError
 from midge.tasks.base import TaskError
 from midge.tasks.registry import check_reference
@@ -57,9 +58,10 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
     level = "warning" if show and settings.log_level == "info" else settings.log_level
     log.setup(settings.log_format, level, Above(_errors) if show else None)
     try:
+        failpoints.arm("coordinator")
         service = Service(settings, address)
         word = service.begin_run()
-    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError, OSError) as error:
+    except (StoreError, HttpError, ModelError, BaseModelError, TrackerError, FailPointError, OSError) as error:
         return _cannot_start(error, settings)
     if not as_json:
         _errors.print(f"run [bold]{service.run_id}[/] {word}; metrics and status at {service.http_url}", soft_wrap=True)
@@ -80,10 +82,11 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
     try:
         if run_config is not None:
             check_reference(settings.task)
+        failpoints.arm("coordinator")
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
             service.begin_run(again=False)
-    except (TaskError, StoreError, HttpError, ModelError, BaseModelError, TrackerError, OSError) as error:
+    except (TaskError, StoreError, HttpError, ModelError, BaseModelError, TrackerError, FailPointError, OSError) as error:
         return _cannot_start(error, settings)
     code = _work(service, None)
     return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop

@@ -20,14 +20,15 @@ from msgspec import Meta
 from coordinator.original_config import translate
 from coordinator.strategies.base import Strategy, StrategyError
 from coordinator.strategies.registry import make_strategy, options_of
+from midge import failpoints
 from midge import settings as sources
 from midge.settings import CommonSettings, Problem, Seconds, Text
 from midge.wire.identifiers import task_name
 from midge.wire.messages import Labels, Parameters
 
 MAX_AGENTS = 100_000
-NOT_SETTINGS = frozenset({"MIDGE_CONFIG"})
-"""Names in the environment that belong to the command line."""
+NOT_SETTINGS = frozenset({"MIDGE_CONFIG", failpoints.VARIABLE})
+"""Names in the environment that belong to the command line, and to tests."""
 COMPARE_TABLE = "compare"
 """A table of the configuration file that is about `coordinator compare` alone."""
 

@@ -30,6 +30,7 @@ from coordinator.run import FINAL, Run
 from coordinator.store import AgentLeft, AgentRow
 from coordinator.uplink import FrameFacts, Verdict
 from midge import PROTOCOL, __version__
+from midge.failpoints import fail_point, is_armed
 from midge.log import log_event
 from midge.transport.base import (
     Connected,
@@ -258,9 +259,12 @@ class Driver:
         """Save what must be saved before anything is sent; what can wait goes along, or goes alone a moment later."""
         if any(isinstance(save, ev.SaveUpdate) for save in saves):
             self._spool.sync()
+            fail_point("coordinator.spool.synced")
         waiting = [*self._later, *saves]
         if all_of_it or self._moved or not all(map(_can_wait, saves)):
+            _pass_transitions("saving", waiting)
             self._store.save(self.run.config.run_id if self.run else "", waiting, list(self._moved.values()))
+            _pass_transitions("saved", waiting)
             self._later, self._moved = [], {}
             return
         if waiting and not self._later:
@@ -357,6 +361,7 @@ class Driver:
             return
         facts = self._facts(frame)
         self._spool.store(frame.round_num, agent_id, payload, frame, facts)
+        fail_point("coordinator.frame.stored")
         self.step(ev.FrameStored(agent_id, index, facts), now)
 
     def _facts(self, frame: Frame) -> FrameFacts:
@@ -440,6 +445,8 @@ class Driver:
         match command:
             case ev.Send(agent_id, message, expiry_s):
                 self._publish(self.topics.inbox(agent_id), encode(message), "control", expiry_s=expiry_s)
+                if is_armed():
+                    fail_point(f"coordinator.sent.{type(message).__name__.lower()}")
             case ev.PublishModel():
                 self._begin_publishing(command, now)
             case ev.CallRoll():
@@ -515,6 +522,15 @@ class Driver:
 
 def _can_wait(save: ev.Save) -> bool:
     return isinstance(save, ev.SaveTallies) or (isinstance(save, ev.SaveAttempt) and save.can_wait)
+
+
+def _pass_transitions(when: str, saves: list[ev.Save]) -> None:
+    """Pass the fail points of what is about to be saved, or has been."""
+    if is_armed():
+        for save in saves:
+            kind = type(save).__name__.removeprefix("Save").lower()
+            state = f"-{save.state}" if isinstance(save, ev.SaveAttempt) else ""
+            fail_point(f"coordinator.{when}.{kind}{state}")
 
 
 def presence_payload(epoch: int, instance: str, *, online: bool) -> bytes:

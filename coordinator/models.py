@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from coordinator.files import sync_dir, write_at
 from coordinator.model_format import FilePlan, ModelError, export_plan, model_plan, narrow, read_header
+from midge.failpoints import fail_point
 from midge.tasks.base import State
 from midge.tasks.flatten import layout_of, state_to_vector, vector_to_state
 from midge.wire.frames import ELEMENT_BYTES
@@ -113,9 +114,12 @@ class ModelWriter:
                 f"{self._num_written} elements were written: expected all {self._layout.num_elements}, once"
             )
         digest = _digest(self._fd, self._plan, self._layout, self._counters)
+        fail_point("coordinator.model.written")
         os.fsync(self._fd)
+        fail_point("coordinator.model.synced")
         self._path.replace(_model_path(self._directory, digest))
         sync_dir(self._directory)
+        fail_point("coordinator.model.renamed")
         os.close(self._fd)
         self._fd = -1
         return digest

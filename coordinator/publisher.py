@@ -8,6 +8,7 @@ lost in the midst, it stops: once there is another, a new publisher begins anew,
 from __future__ import annotations
 
 from coordinator.models import ModelFile
+from midge.failpoints import fail_point
 from midge.transport.base import Transport
 from midge.wire.codecs import FLOAT32, encode_float32
 from midge.wire.frames import Framing, content_tag, encode_frame, run_tag
@@ -80,11 +81,13 @@ class Publisher:
                 return False
             self._next += 1
             self._outstanding.add(token)
+            fail_point("coordinator.frame.published")
         if self._next == self._framing.num_frames and not self.is_done:
             payload = encode(self._head)
             if self._transport.publish(self._topics.head(self._head.run_id), payload, retain=True):
                 self.num_bytes += len(payload)
                 self.is_done = True
+                fail_point("coordinator.head.published")
         return self.is_done
 
     def taken(self, token: int) -> bool:

@@ -48,6 +48,7 @@ from coordinator.store import Store, StoreError
 from coordinator.trackers import make_trackers
 from coordinator.tracking import Teller, Tracking, history
 from midge.eventqueue import EventQueue
+from midge.failpoints import fail_point
 from midge.log import log_event
 from midge.transport.address import Address
 from midge.transport.base import TransportEvent, Will
@@ -110,6 +111,7 @@ class Service:
         topics = Topics(settings.federation)
         self._run_spool = RunSpool(self._spool)
         epoch = self.store.raise_epoch()
+        fail_point("coordinator.epoch.raised")
         instance = secrets.token_hex(8)
         self._transport = MqttTransport(
             address,
@@ -192,6 +194,7 @@ class Service:
                 definition=run_definition(settings, self._base_digest),
                 rounds=settings.rounds,
             )
+            fail_point("coordinator.run.created")
         strategy = strategy_of(settings)
         config = self._config = run_config(run_id, settings, strategy)
         resumed = resume(self.store, self.models, run_id)
@@ -373,6 +376,7 @@ class Service:
             layout = model.layout
         self.store.set_framing(self.run_id, framing.frame_elements, framing.num_frames)
         self._compute.framing = framing
+        fail_point("coordinator.model.prepared")
         self._driver.step(ev.ModelPrepared(made.digest, layout, framing), now)
 
     def _keep_house(self) -> None:

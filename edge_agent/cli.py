@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from edge_agent.config import Settings, load_settings
-from midge import __version__, log
+from midge import __version__, failpoints, log
 from midge.settings import SettingsError
 from midge.transport.address import Address, AddressError
 
@@ -92,11 +92,12 @@ def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool,
     from edge_agent.service import Service  # noqa: PLC0415
 
     try:
+        failpoints.arm("agent")
         service = Service(settings, address)
         if while_stdin_open:
             threading.Thread(target=_stop_after_stdin, args=(service.stop,), name="stdin", daemon=True).start()
         service.run()
-    except JournalError as error:
+    except (JournalError, failpoints.FailPointError) as error:
         _fail(str(error), 2)
 
 

@@ -16,12 +16,13 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
+from midge import failpoints
 from midge import settings as sources
 from midge.settings import CommonSettings, Problem, Seconds, Text, check_identifier
 from midge.wire.messages import Labels
 
-NOT_SETTINGS = frozenset({"MIDGE_CONFIG"})
-"""Names in the environment that belong to the command line."""
+NOT_SETTINGS = frozenset({"MIDGE_CONFIG", failpoints.VARIABLE})
+"""Names in the environment that belong to the command line, and to tests."""
 
 _HOURS = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-4])")
 

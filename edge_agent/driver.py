@@ -15,6 +15,7 @@ from edge_agent import agent_events as ev
 from edge_agent.agent import Agent
 from edge_agent.journal import JournalLike
 from edge_agent.trainer import TrainerLike
+from midge.failpoints import fail_point
 from midge.log import log_event
 from midge.transport.base import (
     Connected,
@@ -32,7 +33,9 @@ from midge.wire.messages import (
     Head,
     Invitation,
     Presence,
+    Receipt,
     RollCall,
+    UpdateHeader,
     decode,
     decode_to_agent,
     encode,
@@ -118,6 +121,9 @@ class Driver:
         """Hand an event to the machine and do what it says, results included, until nothing is left to do."""
         if isinstance(event, ev.TrainingFinished):
             self._log_trained(event.update)
+            fail_point("agent.training.ended")
+        elif isinstance(event, ev.TrainingProgressed):
+            fail_point("agent.training.progressed")
         events = [event]
         while events:
             for command in self.agent.step(events.pop(0), now):
@@ -145,6 +151,8 @@ class Driver:
                 if isinstance(message, Invitation):
                     self.step(ev.Invited(message, self._objection(message)), now)
                 else:
+                    if isinstance(message, Receipt):
+                        fail_point("agent.receipt.heard")
                     self.step(ev.Told(message), now)
             case HeadTopic() if event.payload:
                 self.step(ev.HeadSeen(decode(event.payload, Head)), now)
@@ -166,6 +174,7 @@ class Driver:
             return
         try:
             self._journal.write_frame(head, index, frame.body)
+            fail_point("agent.frame.fetched")
         except ValueError as error:
             log_event(_log, logging.WARNING, "frame refused", agent=self.agent_id, error=error)
             return
@@ -180,16 +189,23 @@ class Driver:
         match command:
             case ev.Say(message, qos):
                 self._publish(self._topics.outbox(self.agent_id), encode(message), qos=qos)
+                if isinstance(message, UpdateHeader):
+                    fail_point("agent.header.sent")
             case ev.SendFrames(update, indices):
                 for index in indices:
                     topic = self._topics.update_frame(self.agent_id, 0, index)
                     self._publish(topic, self._journal.read_frame(update, index))
+                    fail_point("agent.frame.sent")
+                    if index == update.num_frames - 1:
+                        fail_point("agent.frames.sent")
             case ev.AskFrames(head, wanted, done):
                 self._ask(head, wanted, done)
             case ev.WriteInvitation(invitation):
                 self._journal.write_invitation(invitation)
+                fail_point("agent.invitation.written")
             case ev.EraseWork():
                 self._journal.erase()
+                fail_point("agent.work.erased")
             case ev.OpenModel(head):
                 self._undo_asking()
                 self._journal.open_model(head)
@@ -197,6 +213,7 @@ class Driver:
                 self._undo_asking()
                 return ev.ModelChecked(self._journal.model_is(head))
             case ev.Train(invitation, head):
+                fail_point("agent.training.begins")
                 self._trainer.train(invitation, head, now)
             case ev.StopTraining():
                 self._trainer.cancel(now)

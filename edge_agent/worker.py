@@ -19,6 +19,8 @@ import numpy as np
 from edge_agent import worker_messages as msg
 from edge_agent.agent_events import FinishedUpdate
 from edge_agent.journal import write_update
+from midge import failpoints
+from midge.failpoints import fail_point
 from midge.tasks.base import DataSpec, FollowsRounds, Score, ShowsModel, Task, TaskError, Trained, TrainSpec, seed_of
 from midge.tasks.flatten import difference, layout_of, state_to_vector, vector_to_state
 from midge.tasks.inspection import summarize
@@ -142,6 +144,7 @@ class Worker:
         score = task.evaluate(state, data)
         trained = task.train(state, data, spec, progress)
         _write_update(request, layout, trained, score, time.monotonic() - began)
+        fail_point("worker.update.written")
 
     def _check_layout(self, task: Task, data: Any, layout: Layout, request: msg.TrainModel) -> None:
         """Compare the run's model with the task's own, once for each layout.
@@ -243,6 +246,7 @@ def _limit(setup: msg.SetUp) -> None:
 
 def main() -> None:
     """Entry point of the process."""
+    failpoints.arm("worker")
     worker = Worker()
     serve(worker.handle, worker.interrupt)
 

@@ -5,7 +5,8 @@
         broker.kill()
         with recovery.watch():                 # seconds until the block is left: the time to the next committed round
             federation.wait_for_round(3)
-        recovery.lost(num_lost)                # accepted updates that were lost; the test asserts that there are none
+        recovery.ready(seconds)                # from a process' start to the moment at which it says that it is ready
+    recovery.lost(num_lost)                # accepted updates that were lost; the test asserts that there are none
 
 `pytest --faults` runs the marked tests alone, the long ones among them (`@pytest.mark.long`, which `make test` leaves out),
 and prints the table. A test is one try, unless it says how many it made (`recovery.tried`). A fault whose tests fail, or that
@@ -74,12 +75,14 @@ class Recovery:
         tries: how many times the fault was brought about; 0: once, and it was survived if the test passed.
         seconds: from each fault to the next committed round, by the clock.
         virtual_s: the same in simulated time.
+        ready_s: from the start of a process that was killed until it said that it was ready.
         num_lost: accepted updates that were lost.
     """
 
     tries: int = 0
     seconds: list[float] = field(default_factory=list)
     virtual_s: list[float] = field(default_factory=list)
+    ready_s: list[float] = field(default_factory=list)
     num_lost: int = 0
 
     @contextlib.contextmanager
@@ -92,6 +95,10 @@ class Recovery:
     def took_virtual(self, seconds: float) -> None:
         """Take simulated seconds from a fault to the next committed round."""
         self.virtual_s.append(seconds)
+
+    def ready(self, seconds: float) -> None:
+        """Take the time in which a process that was killed and started again was ready."""
+        self.ready_s.append(seconds)
 
     def tried(self, number: int) -> None:
         """Say how many times a test brought the fault about."""
@@ -108,7 +115,7 @@ def recovery(request: pytest.FixtureRequest) -> Iterator[Recovery]:
     """Where a test says what it saw of a fault."""
     said = Recovery()
     yield said
-    request.node.user_properties.append((_PROPERTY, (said.tries, said.seconds, said.virtual_s, said.num_lost)))
+    request.node.user_properties.append((_PROPERTY, (said.tries, said.seconds, said.virtual_s, said.ready_s, said.num_lost)))
 
 
 @dataclass
@@ -117,6 +124,7 @@ class _Row:
     recovered: int = 0
     seconds: list[float] = field(default_factory=list)
     virtual_s: list[float] = field(default_factory=list)
+    ready_s: list[float] = field(default_factory=list)
     num_lost: int = 0
     failed: list[str] = field(default_factory=list)
 
@@ -148,13 +156,21 @@ class FaultTable:
 
     @staticmethod
     def _add(
-        row: _Row, tries: int, seconds: list[float], virtual_s: list[float], num_lost: int, *, passed: bool
+        row: _Row,
+        tries: int,
+        seconds: list[float],
+        virtual_s: list[float],
+        ready_s: list[float],
+        num_lost: int,
+        *,
+        passed: bool,
     ) -> None:
         further = max(0, tries - 1)
         row.tries += further
         row.recovered += further if passed else 0
         row.seconds += seconds
         row.virtual_s += virtual_s
+        row.ready_s += ready_s
         row.num_lost += num_lost
 
     @pytest.hookimpl(trylast=True)
@@ -168,16 +184,18 @@ class FaultTable:
         table = Table(box=box.SIMPLE_HEAD)
         table.add_column("#", justify="right")
         table.add_column("fault")
-        for name in ("tries", "recovered", "next round, s", "simulated, s", "lost"):
+        for name in ("tries", "recovered", "next round, s", "simulated, s", "ready, s", "lost"):
             table.add_column(name, justify="right")
         table.add_column("", no_wrap=True)
         for number, row in self._rows.items():
             verdict = "[green]ok[/]" if row.is_green else "[red]FAILED[/]" if row.tries else "[red]not shown[/]"
-            seen = (str(row.tries), str(row.recovered), _spread(row.seconds), _spread(row.virtual_s), str(row.num_lost))
+            times = (_spread(row.seconds), _spread(row.virtual_s), _spread(row.ready_s))
+            seen = (str(row.tries), str(row.recovered), *times, str(row.num_lost))
             table.add_row(str(number), FAULTS[number], *seen, verdict)
         console = Console(width=_WIDTH)
         console.print(table)
         console.print("Seconds from the fault to the next committed round: median / worst. Lost: accepted updates.")
+        console.print("Ready: from the start of a coordinator that was killed until /readyz says so.")
         for number, row in self._rows.items():
             for test in row.failed:
                 console.print(f"[red]{number}[/] {test}", markup=True, highlight=False)

@@ -24,6 +24,7 @@ from coordinator.store.rows import (
     update_from,
     utc_now,
 )
+from midge.failpoints import fail_point
 from midge.wire.messages import Evaluation
 
 KEPT_ROUNDS = 100
@@ -120,6 +121,7 @@ class Store(Database):
             for version in rows.get("version", ()):
                 done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
                 connection.execute(tables.STATEMENTS["done_with"], done)
+            fail_point("coordinator.transaction.written")
 
     def add_base_model(self, name: str, *, digest: str, task: str, source: str, num_elements: int) -> None:
         """Give a stored model a name; from now on it is not pruned. Nothing happens where it has that name already."""

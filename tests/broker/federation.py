@@ -79,7 +79,14 @@ class Program:
     """One of our programs, as a process in a session of its own."""
 
     def __init__(
-        self, name: str, module: str, arguments: Sequence[str], directory: Path, *, cwd: Path | None = None
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        directory: Path,
+        *,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         directory.mkdir(parents=True, exist_ok=True)
@@ -90,10 +97,11 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env={**environment(), **(variables or {})},
                 cwd=cwd,
                 start_new_session=True,
             )
+        self.started_at = time.monotonic()
         self.pid = self._process.pid
 
     @property
@@ -165,22 +173,26 @@ class Federation:
 
     # Processes.
 
-    def start_coordinator(self, *options: str, state: str = "coordinator", **settings: object) -> Program:
+    def start_coordinator(
+        self, *options: str, state: str = "coordinator", fail_point: str = "", **settings: object
+    ) -> Program:
         """`coordinator run`, or what `options` begin with; `settings` go by `--set`."""
         command, *rest = options if options and not options[0].startswith("-") else ("run", *options)
         arguments = [command, *self._common, "--state-dir", str(self.state_dir(state)), *rest]
-        return self._start(state, "coordinator", [*arguments, *_assigned({"http_port": 0, **settings})])
+        return self._start(state, "coordinator", [*arguments, *_assigned({"http_port": 0, **settings})], fail_point)
 
-    def start_agent(self, agent_id: str, *options: str, part: int = 0, **settings: object) -> Program:
+    def start_agent(
+        self, agent_id: str, *options: str, part: int = 0, fail_point: str = "", **settings: object
+    ) -> Program:
         """`edge-agent run`, which looks at its data before the first round only where a test says so."""
         own = ["--agent-id", agent_id, "--state-dir", str(self._directory / "agents"), "--data-dir"]
         own += [str(self.control(agent_id)), "--index", str(part), "--of", str(part + 1)]
         assigned = _assigned({"check_data": "false", **settings})
-        return self._start(agent_id, "edge_agent", ["run", *self._common, *own, *options, *assigned])
+        return self._start(agent_id, "edge_agent", ["run", *self._common, *own, *options, *assigned], fail_point)
 
-    def start_agents(self, number: int) -> list[Program]:
+    def start_agents(self, number: int, **settings: object) -> list[Program]:
         """`agent-0` with part 0, and so on."""
-        return [self.start_agent(f"agent-{part}", part=part) for part in range(number)]
+        return [self.start_agent(f"agent-{part}", part=part, **settings) for part in range(number)]
 
     def start_watcher(self, name: str, *options: str) -> Program:
         """`coordinator watch`."""
@@ -196,10 +208,11 @@ class Federation:
             title = f"--- {self.name}: {program.name} (pid {program.pid})"
             sys.stdout.write("\n".join([title, *program.log().splitlines()[-_TAIL_LINES:], ""]))
 
-    def _start(self, name: str, module: str, arguments: Sequence[str]) -> Program:
+    def _start(self, name: str, module: str, arguments: Sequence[str], fail_point: str = "") -> Program:
         starts = sum(program.name.partition(".")[0] == name for program in self.programs)
         label = f"{name}.{starts + 1}" if starts else name
-        self.programs.append(Program(label, module, arguments, self._directory / "logs"))
+        variables = {"MIDGE_FAIL_POINT": fail_point} if fail_point else {}
+        self.programs.append(Program(label, module, arguments, self._directory / "logs", variables=variables))
         return self.programs[-1]
 
     # The remote control of an agent's trainings: see tasks.py.
@@ -316,6 +329,20 @@ class Federation:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def wait_until_ready(self, program: Program) -> float:
+        """Wait until a coordinator answers that it is ready; seconds from its start."""
+        path = self.state_dir() / "service.json"
+
+        def is_ready() -> bool:
+            with contextlib.suppress(OSError, ValueError):  # of a process that is gone, or not up yet
+                url = str(json.loads(path.read_text())["url"])
+                with urllib.request.urlopen(f"{url}/readyz", timeout=PATIENCE_S) as answer:  # noqa: S310  ours
+                    return answer.status == 200
+            return False
+
+        wait_until(is_ready, f"{program.name} is ready")
+        return time.monotonic() - program.started_at
 
     def board(self, state: str = "coordinator") -> dict[str, Any]:
         board: dict[str, Any] = json.loads(self.get("/api/v1/status", state)[1])

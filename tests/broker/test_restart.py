@@ -8,26 +8,10 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from coordinator.models import ModelStore
 from edge_agent.journal import read_update
-from midge.tasks.base import State
 from tests.broker import tasks
-from tests.broker.federation import Federation, Program, federated, wait_until
-
-BATCHES = {"batch_size": 4, "learning_rate": 0.05}
-
-
-def undisturbed(directory, num_agents: int, rounds: int, **training) -> tuple[list[State], list[str]]:
-    """The models of a run that nothing happens to, and their digests."""
-    parts = {f"agent-{part}": part for part in range(num_agents)}
-    models = federated(tasks.linear, parts, rounds, **{**BATCHES, **training})
-    store = ModelStore(directory)
-    return models, [store.save_state(model) for model in models]
-
-
-def digests(federation: Federation) -> list[str]:
-    return [version["digest"] for version in federation.versions()]
-
+from tests.broker.federation import Federation, Program, wait_until
+from tests.broker.undisturbed import BATCHES, digests, undisturbed
 
 def into_the_middle_of(federation: Federation, round_num: int, coordinator: Program) -> None:
     """agent-0 has reported in this round, and agent-1, which a test has told to hold, still trains."""
@@ -37,6 +21,7 @@ def into_the_middle_of(federation: Federation, round_num: int, coordinator: Prog
     assert len(federation.versions()) == round_num
 
 
+@pytest.mark.fault(3)
 def test_a_coordinator_killed_in_mid_round_goes_on_and_nothing_is_trained_again(federation, tmp_path):
     federation.hold("agent-1", training=2)
     federation.start_agents(2)
@@ -59,6 +44,7 @@ def test_a_coordinator_killed_in_mid_round_goes_on_and_nothing_is_trained_again(
     assert federation.trainings("agent-0") == federation.trainings("agent-1") == each_once
 
 
+@pytest.mark.fault(1)
 def test_a_broker_killed_in_mid_round_forgets_everything_and_the_round_commits(broker, federation, tmp_path):
     federation.hold("agent-1", training=1)
     agents = federation.start_agents(2)
@@ -76,6 +62,7 @@ def test_a_broker_killed_in_mid_round_forgets_everything_and_the_round_commits(b
     assert federation.trainings("agent-0") == federation.trainings("agent-1") == each_once
 
 
+@pytest.mark.fault(4)
 def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(federation, tmp_path):
     federation.hold("agent-1", training=1)
     agents = federation.start_agents(2)
@@ -93,6 +80,7 @@ def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(federati
     assert federation.attempts(1)[0] == 1
 
 
+@pytest.mark.fault(3, 4)
 def test_finished_work_outlives_the_coordinators_absence_and_the_agents_own_death(federation, tmp_path):
     for agent_id in ("agent-0", "agent-1"):
         federation.hold(agent_id, training=1)

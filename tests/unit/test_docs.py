@@ -298,7 +298,7 @@ def test_settings_that_a_page_names_exist(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_variables_of_the_environment_that_a_page_names_exist(path):
-    known = {f"MIDGE_{key.upper()}" for key in SETTINGS} | {"MIDGE_CONFIG"}
+    known = {f"MIDGE_{key.upper()}" for key in SETTINGS} | {"MIDGE_CONFIG", "MIDGE_FAIL_POINT"}
     shown_wrong = "".join(body for kind, body in _FENCE.findall(TEXTS[path]) if kind == "text")
     for name in set(re.findall(r"\bMIDGE_[A-Z_]+\b", TEXTS[path])) - set(re.findall(r"\bMIDGE_[A-Z_]+\b", shown_wrong)):
         assert name in known, f"{name}: no such setting"
