@@ -86,7 +86,16 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:
             service.begin_run(again=False)
-    except (TaskError, StoreError, HttpError, ModelError, BaseModelError, TrackerError, FailPointError, OSError) as error:
+    except (
+        TaskError,
+        StoreError,
+        HttpError,
+        ModelError,
+        BaseModelError,
+        TrackerError,
+        FailPointError,
+        OSError,
+    ) as error:
         return _cannot_start(error, settings)
     code = _work(service, None)
     return 0 if code == 1 and service.state is None else code  # it served, and was asked to stop

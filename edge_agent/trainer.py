@@ -1,14 +1,17 @@
 """The trainer: starts the worker for the first training, feeds it, ends it after a quiet time, and survives its death.
 
-Whatever happens to the worker, an exception, a kill, a lack of memory, becomes one failed training with its reason; the next
-training starts a new one. At the agent's start a worker may check the data; it goes on to train if that is wanted by then, and
-else is ended. Only one training runs at a time. A cancelled one may still run for a moment, since a task lets
-go when it reports progress; if it has not after `_PATIENCE_S`, the worker is ended: it works for nothing, and another may wait.
+Whatever happens to the worker, an exception, a kill, a lack of memory, becomes one failed training with its reason, unless the
+update was on disk by then; the next training starts a new one. At the agent's start a worker may check the data; it goes on to
+train if that is wanted by then, and else is ended. Only one training runs at a time. A cancelled one may still run for a
+moment, since a task lets go when it reports progress; if it has not after `_PATIENCE_S`, the worker is ended: it works for
+nothing, and another may wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -80,6 +83,7 @@ class Trainer:
         self._generation = 0
         self._request = 0
         self._running: int | None = None
+        self._training: msg.TrainModel | None = None
         self._wanted: int | None = None
         self._waiting: msg.TrainModel | None = None
         self._give_up_at = math.inf
@@ -131,7 +135,9 @@ class Trainer:
             return None
         if isinstance(event, WorkerExited):
             self._child = None
-            return self._ended(ev.TrainingFailed(ev.Objection("worker", event.reason[:500])), now)
+            return self._ended(
+                self._left_behind() or ev.TrainingFailed(ev.Objection("worker", event.reason[:500])), now
+            )
         reply = event.reply
         if isinstance(reply, msg.DataChecked):
             if self._running is None:
@@ -176,6 +182,11 @@ class Trainer:
         self._waiting = None
         self._give_up_at = math.inf
         self._running = request.request
+        self._training = request
+        with contextlib.suppress(
+            OSError
+        ):  # what lies there is of another training, or damaged: it must not pass for this one's
+            os.truncate(request.update_path, 0)
         if self._child is None:
             self._start()
         if self._child is not None:
@@ -208,6 +219,22 @@ class Trainer:
         elif self._child is not None:
             self._idle_at = now + self._idle_s
         return event if wanted else None
+
+    def _left_behind(self) -> ev.TrainingFinished | None:
+        """The update of the training under way, where the worker had written it before it died: that is never done again."""
+        asked = self._training
+        try:
+            update = read_update(self._directory / "update.bin")
+        except OSError:
+            return None
+        if update is None or asked is None:
+            return None
+        is_of_it = (update.run_id, update.round_num, update.model_digest) == (
+            asked.run_id,
+            asked.round_num,
+            asked.head.model_digest,
+        )
+        return ev.TrainingFinished(update) if is_of_it else None
 
     def _read_update(self) -> ev.Event:
         try:

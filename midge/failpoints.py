@@ -4,9 +4,8 @@
     MIDGE_FAIL_POINT=agent.frame.sent:3:stop            frozen (SIGSTOP) once the third frame was sent
     MIDGE_FAIL_POINT=coordinator.aggregation.block:1:hang   the thread that gets there stays there
 
-The environment alone sets one, as the process starts: nothing that comes over a network, and no file, can. Passing a point costs
-one look at a variable where none is set. Which there are, with what each stands for, is `POINTS`; docs/faults.md shows what
-tests see at them.
+The environment alone sets one, as the process starts: nothing that comes over a network, and no file, can. Where none is set,
+passing a point costs a call and a look at a variable. `POINTS` has them all, with what is so when each is passed.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ FAULTS = {
     35: "limit of descriptors or memory reached",
 }
 _PROPERTY = "recovery"
-_WIDTH = 136
+_WIDTH = 150
 
 
 @dataclass
@@ -115,7 +115,9 @@ def recovery(request: pytest.FixtureRequest) -> Iterator[Recovery]:
     """Where a test says what it saw of a fault."""
     said = Recovery()
     yield said
-    request.node.user_properties.append((_PROPERTY, (said.tries, said.seconds, said.virtual_s, said.ready_s, said.num_lost)))
+    request.node.user_properties.append(
+        (_PROPERTY, (said.tries, said.seconds, said.virtual_s, said.ready_s, said.num_lost))
+    )
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The coordinator is killed at each of its fail points (midge/failpoints.py), over a real Mosquitto, and started again.
 
 Whatever it was doing: it comes back into the same round of the same attempt, no accepted update is lost or trained again, the
-final model has the digest of the undisturbed run, and nothing in its state directory is wrong, neither after the kill nor at the
-end. A training that was under way goes on; one that the coordinator itself cancelled begins anew.
+final model has the digest of the undisturbed run, and nothing in its state directory is wrong, neither after the kill nor at
+the end. A training that was under way goes on; one that the coordinator itself cancelled begins anew.
 """
 
 from __future__ import annotations

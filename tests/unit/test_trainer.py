@@ -128,6 +128,14 @@ def write(directory: Path) -> ev.FinishedUpdate:
     return update
 
 
+def train_for(talk: Talk, update: ev.FinishedUpdate) -> None:
+    """Begin the training that this update is of."""
+    asked = msgspec.structs.replace(invitation(update.round_num), run_id=update.run_id)
+    talk.trainer.train(
+        asked, msgspec.structs.replace(head(tiny.initial_state(0)), model_digest=update.model_digest), 0.0
+    )
+
+
 def failure(events: list[ev.Event]) -> tuple[str, str]:
     (event,) = events
     assert isinstance(event, ev.TrainingFailed), event
@@ -194,6 +202,30 @@ def test_a_worker_that_dies_is_one_failed_training_and_the_next_starts_another(t
     talk.train()
     assert len(talk.children) == 2
     assert isinstance(talk.child.requests[0], msg.SetUp)
+
+
+def test_a_worker_that_dies_with_its_update_written_has_trained(talk, tmp_path):
+    """Killed between the sync of the update and its last word: for lack of memory, say."""
+    update, _ = made()
+    train_for(talk, update)
+    assert write(tmp_path) == update
+    assert talk.dies() == [ev.TrainingFinished(update)]
+
+
+@pytest.mark.parametrize("field", ["run_id", "round_num", "model_digest"])
+def test_what_is_left_on_disk_of_another_training_is_no_result_of_one_whose_worker_died(talk, tmp_path, field):
+    update, _ = made()
+    other = {"run_id": "other", "round_num": update.round_num + 1, "model_digest": "cd" * 32}[field]
+    train_for(talk, msgspec.structs.replace(update, **{field: other}))
+    write(tmp_path)
+    assert failure(talk.dies()) == ("worker", "the process was killed")
+
+
+def test_an_earlier_update_of_the_same_round_is_no_result_either(talk, tmp_path):
+    """A damaged one, say, which the journal did not take."""
+    update = write(tmp_path)
+    train_for(talk, update)
+    assert failure(talk.dies()) == ("worker", "the process was killed")
 
 
 def test_a_worker_that_cannot_be_started_is_a_failed_training_too(talk, monkeypatch):
