@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -104,6 +104,7 @@ def aggregate(
     round_num: int = 1,
     server_state: str | None = None,
     max_step_ratio: float = 0.0,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Aggregated:
     """Make the next model of `updates`, in any order, that were trained on `base`, and store it.
 
@@ -118,6 +119,7 @@ def aggregate(
         round_num: of the next model, from 1.
         server_state: digest of what the strategy remembers since `base` was made; None before the first round.
         max_step_ratio: largest norm of the step over that of `base`; 0 for no bound. guard.py says what counts.
+        is_wanted: asked before each block, by any thread: whether to go on.
 
     Raises:
         AggregationError: they do not make a model; nothing is stored.
@@ -138,7 +140,7 @@ def aggregate(
         raise AggregationError(str(error)) from None
     with state, models.writer(base.layout, counters) as writer:
         kernel = kernel_for(len(frames) * framing.num_elements)
-        fold = Fold(base, spool, frames, weights, strategy, framing, writer, state, step, kernel)
+        fold = Fold(base, spool, frames, weights, strategy, framing, writer, state, step, kernel, is_wanted)
         sums = fold.run(num_threads)
         learned = sum(learned for _, learned in sums)
         reason = explosion(learned, base.elements, statistics_spans(base.layout), max_step_ratio)
@@ -165,6 +167,7 @@ class Fold:
         state: of the strategy.
         step: which one is made.
         kernel: does the arithmetic but for the strategy's; None: NumPy does.
+        is_wanted: whether to go on.
     """
 
     def __init__(
@@ -179,7 +182,9 @@ class Fold:
         state: ServerState,
         step: Step,
         kernel: Kernel | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._is_wanted = is_wanted
         self._base = base
         self._spool = spool
         self._frames = frames
@@ -219,6 +224,8 @@ class Fold:
         resident_bytes = 0
         with np.errstate(all="ignore"):  # what is not finite is found by its sum of squares
             for start in starts:
+                if not self._is_wanted():
+                    raise AggregationError("nobody waits for it any more")
                 sums.append(self._fold_block(start, rows, mean, state))
                 fail_point("coordinator.aggregation.block")
                 resident_bytes += self._block_elements * ELEMENT_BYTES

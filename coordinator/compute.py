@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -19,6 +20,8 @@ from midge.log import log_event
 from midge.wire.frames import Framing, content_tag
 
 _log = logging.getLogger("coordinator")
+_STOP_S = 3.0
+"""What is under way when all is to end has so long. An aggregation lets go at the next block."""
 
 
 class Computed(msgspec.Struct, frozen=True):
@@ -71,7 +74,7 @@ class Compute:
         self._num_threads = num_threads
         self._max_step_ratio = max_step_ratio
         self._generation = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
+        self._line = _Line()
         self._evaluator = Evaluator(
             task,
             models.path,
@@ -85,7 +88,8 @@ class Compute:
     def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
         """Begin; an event follows, in any case."""
         if isinstance(command, ev.AggregateUpdates):
-            self._pool.submit(self._aggregate, command, self._generation)
+            generation = self._generation
+            self._line.add(lambda: self._aggregate(command, generation))
         else:
             self._evaluator.ask(command, now)
 
@@ -125,18 +129,22 @@ class Compute:
 
     def later(self, work: Callable[[], None]) -> None:
         """Do this between aggregations: what takes time and nobody waits for."""
-        self._pool.submit(_logging_errors, work)
+        self._line.add(lambda: _logging_errors(work))
 
-    def stop(self) -> None:
-        """End it all."""
+    def stop(self, timeout_s: float = _STOP_S) -> None:
+        """End it all; what is under way gives up at its next step, or is left to itself after `timeout_s`."""
+        self._generation += 1
         self._evaluator.stop()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if not self._line.stop(timeout_s):
+            log_event(_log, logging.WARNING, "a computation did not end in time", run=self._run_id, after_s=timeout_s)
 
     def _aggregate(self, command: ev.AggregateUpdates, generation: int) -> None:
         if generation == self._generation:
-            self._put(Computed(self._try_aggregate(command), generation))
+            self._put(Computed(self._try_aggregate(command, generation), generation))
 
-    def _try_aggregate(self, command: ev.AggregateUpdates) -> ev.UpdatesAggregated | ev.AggregationBroke | OSError:
+    def _try_aggregate(
+        self, command: ev.AggregateUpdates, generation: int
+    ) -> ev.UpdatesAggregated | ev.AggregationBroke | OSError:
         try:
             assert self.framing is not None
             counted = [
@@ -156,6 +164,7 @@ class Compute:
                     round_num=command.round_num,
                     server_state=command.server_state,
                     max_step_ratio=self._max_step_ratio,
+                    is_wanted=lambda: generation == self._generation,
                 )
         except (AggregationError, ModelError) as error:
             return ev.AggregationBroke(str(error))
@@ -164,6 +173,33 @@ class Compute:
         except Exception as error:  # noqa: BLE001  a strategy may raise anything; the round is abandoned, the run decides
             return ev.AggregationBroke(f"{type(error).__name__}: {error}")
         return ev.UpdatesAggregated(made.digest, made.delta_norm, made.server_state)
+
+
+class _Line:
+    """Does one thing after the other, on a thread that does not keep the process from ending."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="aggregate", daemon=True)
+        self._thread.start()
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Do this next; it must not raise."""
+        self._work.put(work)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Begin nothing more; whether what was under way ended in time."""
+        self._is_over = True
+        self._work.put(lambda: None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            work = self._work.get()
+            if not self._is_over:
+                work()
 
 
 def _logging_errors(work: Callable[[], None]) -> None:

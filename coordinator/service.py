@@ -59,6 +59,8 @@ from midge.wire.topics import Topics
 
 _log = logging.getLogger("coordinator")
 _LONGEST_WAIT_S = 1.0
+_TRACKERS_S = 2.0
+"""Who asks for a stop waits for all of it at most 10 s: so long for trackers, and the rest for broker, threads and HTTP."""
 
 _Event = TransportEvent | EvaluatorSpoke | Computed | Asked
 
@@ -478,12 +480,13 @@ class Service:
             board.best_round, board.best_value = (row["best_round"], row["best_value"]) if row else (None, None)
 
     def _close(self) -> None:
+        self._driver.say_farewell()  # first: what follows may take its seconds
+        self._transport.stop()
         if self._compute is not None:
             self._compute.stop()
-        self._driver.say_farewell()
-        self._transport.stop()
         if self._watch.tracking is not None:
-            self._watch.tracking.stop(self.state or "")
+            timeout = {"timeout_s": _TRACKERS_S} if self._stop_asked else {}
+            self._watch.tracking.stop(self.state or "", **timeout)
         with contextlib.suppress(OSError):  # its file cannot be removed where nothing can be written
             if self._http is not None:
                 self._http.stop()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -249,10 +250,13 @@ class Tracking:
         for teller in self._tellers:
             teller.end(state)
 
-    def stop(self, state: str) -> None:
-        """This process is over."""
+    def stop(self, state: str, timeout_s: float = _STOP_S) -> None:
+        """This process is over: all trackers together have so long."""
         for teller in self._tellers:
-            teller.stop(state)
+            teller.end(state)
+        deadline = time.monotonic() + timeout_s
+        for teller in self._tellers:
+            teller.stop(state, max(0.0, deadline - time.monotonic()))
 
     def _tell(self, step: int, values: Values) -> None:
         for teller in self._tellers if values else ():

@@ -235,6 +235,42 @@ def test_models_and_evaluations_are_asked_of_the_evaluator_with_its_deadline(tal
     assert late == ev.ModelEvaluated(0, None, "not done after 600 s (evaluation_deadline_s)")
 
 
+def test_a_computation_that_does_not_end_keeps_nobody_from_stopping(talk, caplog):
+    began, gate = threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        gate.wait(BOUND_S)
+
+    talk.compute.later(work)
+    assert began.wait(BOUND_S)
+    talk.compute.stop(timeout_s=0.01)
+    assert "a computation did not end in time" in caplog.text
+    gate.set()
+
+
+def test_stopping_ends_an_aggregation_at_its_next_block(talk, monkeypatch):
+    """All that is under way is given up; the round is aggregated anew after the restart."""
+    began, gate = threading.Event(), threading.Event()
+    open_model = talk.models.open
+
+    def open_slowly(digest: str) -> Any:
+        began.set()
+        assert gate.wait(BOUND_S)
+        return open_model(digest)
+
+    monkeypatch.setattr(talk.models, "open", open_slowly)
+    talk.compute.ask(ev.AggregateUpdates(1, talk.base, (talk.update("a", 1.0, 1),)), 0.0)
+    assert began.wait(BOUND_S)
+    threading.Timer(0.02, gate.set).start()
+    talk.compute.stop(BOUND_S)
+    (computed,) = talk.queue.take(BOUND_S)
+    assert isinstance(computed, Computed)
+    assert computed.event == ev.AggregationBroke("nobody waits for it any more")
+    assert talk.compute.take(computed) is None
+    assert talk.models.digests() == {talk.base}
+
+
 def test_stopping_waits_for_the_aggregation_under_way_and_drops_what_waits(talk):
     done: list[str] = []
     began, gate = threading.Event(), threading.Event()
