@@ -82,6 +82,11 @@ class Board(msgspec.Struct):
     reason: str = ""
     round_num: int = 0
     attempt: int = 0
+    waiting_for: str = ""
+    num_missing: int = 0
+    waiting_since: str = ""
+    """When that wait began, and when it ends at the latest, in UTC; empty where it has no end of its own."""
+    waiting_until: str = ""
     is_connected: bool = False
     broker_problem: str = ""
     best_round: int | None = None

@@ -116,12 +116,22 @@ def status(state_dir: Path, *, as_json: bool) -> int:
         _console.print(f"[bold]{board['run_id']}[/] {escape(board['task'])}: {escape(board['status'])}", soft_wrap=True)
     else:
         _console.print("the coordinator is up and has no run; `coordinator serve --run FILE` begins one")
+    if board["waiting_for"]:
+        _console.print(f"  {_wait_line(board)}", soft_wrap=True)
     if not board["is_connected"]:
         _console.print(escape(f"broker {board['broker']}: {board['broker_problem'] or 'connecting'}"))
     for event in board["events"][-5:]:
         _console.print(escape(f"  {event}"), soft_wrap=True)
     _show_agents(board["agents"])
     return 0
+
+
+def _wait_line(board: Mapping[str, Any]) -> str:
+    """What a coordinator waits for: since when, until when, what is missing."""
+    since, until = (board[key][11:19] for key in ("waiting_since", "waiting_until"))
+    end = f"until {until} at most" if until else "as long as it takes"
+    missing = f", {board['num_missing']} missing" if board["num_missing"] else ""
+    return f"waits for {board['waiting_for']} since {since} UTC, {end}{missing}"
 
 
 def agents(state_dir: Path, *, as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from coordinator.evaluator import Evaluator, EvaluatorSpoke, Made
 from coordinator.models import ModelError, ModelStore
 from coordinator.spool import Spool
 from coordinator.strategies import Strategy
+from coordinator.waits import WaitReason
 from midge.log import log_event
 from midge.wire.frames import Framing, content_tag
 
@@ -43,6 +45,7 @@ class Compute:
         put: takes `Computed` and `EvaluatorSpoke` into the driver's queue; called from other threads.
         num_threads: that aggregate.
         max_step_ratio: see `coordinator.aggregate.aggregate`.
+        aggregation_deadline_s: the longest aggregation.
         evaluation_deadline_s: the longest evaluation.
         data_dir: where the data lie that are evaluated on; empty for the task's own place.
         download: whether the task may fetch them.
@@ -60,6 +63,7 @@ class Compute:
         *,
         num_threads: int = 1,
         max_step_ratio: float = 0.0,
+        aggregation_deadline_s: float = math.inf,
         evaluation_deadline_s: float = 600.0,
         data_dir: str = "",
         download: bool = False,
@@ -73,6 +77,8 @@ class Compute:
         self._put = put
         self._num_threads = num_threads
         self._max_step_ratio = max_step_ratio
+        self._deadline_s = aggregation_deadline_s
+        self._aggregate_by = math.inf
         self._generation = 0
         self._line = _Line()
         self._evaluator = Evaluator(
@@ -89,6 +95,7 @@ class Compute:
         """Begin; an event follows, in any case."""
         if isinstance(command, ev.AggregateUpdates):
             generation = self._generation
+            self._aggregate_by = now + self._deadline_s
             self._line.add(lambda: self._aggregate(command, generation))
         else:
             self._evaluator.ask(command, now)
@@ -101,6 +108,7 @@ class Compute:
         """
         if computed.generation != self._generation:
             return None
+        self._aggregate_by = math.inf
         if isinstance(computed.event, OSError):
             raise computed.event
         return computed.event
@@ -108,6 +116,7 @@ class Compute:
     def reset(self) -> None:
         """Forget all that was asked for: whoever asked is gone."""
         self._generation += 1
+        self._aggregate_by = math.inf
         self._evaluator.reset()
 
     def handle(self, event: EvaluatorSpoke, now: float) -> ev.Event | Made | None:
@@ -121,11 +130,21 @@ class Compute:
 
     def deadline(self) -> float:
         """When `tick` has something to do."""
-        return self._evaluator.deadline()
+        return min(self._evaluator.deadline(), self._aggregate_by)
+
+    def ends_by(self, reason: WaitReason) -> float:
+        """When what is waited for is given up; infinity where it is none of what is done here."""
+        if reason == "aggregation":
+            return self._aggregate_by
+        return self._evaluator.deadline() if reason in ("evaluation", "model") else math.inf
 
     def tick(self, now: float) -> ev.Event | None:
         """Give up what takes too long."""
-        return self._evaluator.tick(now)
+        if now < self._aggregate_by:
+            return self._evaluator.tick(now)
+        self._generation += 1
+        self._aggregate_by = math.inf
+        return ev.AggregationBroke(f"averaging was not done after {self._deadline_s:g} s (aggregation_deadline_s)")
 
     def later(self, work: Callable[[], None]) -> None:
         """Do this between aggregations: what takes time and nobody waits for."""

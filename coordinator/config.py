@@ -129,6 +129,9 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     round_deadline_s: Annotated[
         Seconds, Meta(description="Longest wait for updates; then the round takes what is there, or is abandoned.")
     ] = 600.0
+    aggregation_deadline_s: Annotated[
+        Seconds, Meta(description="Longest time that averaging may take; then the attempt is abandoned.")
+    ] = 3600.0
     max_attempts: Annotated[int, Meta(ge=1, le=1000, description="Attempts at a round; then the run fails.")] = 5
     evaluate: Annotated[
         bool, Meta(description="Whether the coordinator evaluates each version, where the task has test data.")

@@ -16,6 +16,7 @@ Every count is of this process: it starts at 0 when the coordinator does, and `r
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from coordinator.waits import WaitReason
 from midge import PROTOCOL, __version__
 from midge.wire.messages import RefusalReason, RejectReason
 
@@ -108,6 +110,7 @@ class Metrics:
         self._clock = clock
         self._zeroes: list[_Series] = []
         self._runs: dict[str, set[_Series]] = {}
+        self._waits: dict[str, list[_Series]] = {}
         self._declare_rounds()
         self._declare_learning()
         self._declare_messages()
@@ -128,6 +131,24 @@ class Metrics:
     def waiting(self, run: str, missing_agents: int) -> None:
         """The run needs `missing_agents` more agents before it can go on; 0 once it needs none."""
         self._of(self._agents_missing, run).set(missing_agents)
+
+    def waits(self, run: str, reason: WaitReason | None, since: float, until: float) -> None:
+        """The run waits for this, or for nothing.
+
+        Args:
+            run: the run.
+            reason: what for.
+            since: when the wait began, seconds since 1970.
+            until: when it ends at the latest; infinity where nothing else ends it.
+        """
+        for series in self._waits.pop(run, ()):
+            series[0].remove(*series[1])
+            self._runs[run].discard(series)
+        times = ((self._wait_since, since), (self._wait_until, until))
+        for gauge, value in times if reason is not None else ():
+            if value < math.inf:
+                self._of(gauge, run, str(reason)).set(value)
+                self._waits.setdefault(run, []).append((gauge, (self._federation, run, str(reason))))
 
     def round_started(self, run: str, round_num: int, attempt: int, target: int, quorum: int) -> None:
         """An attempt at a round began: it wants `target` updates and can do with `quorum`."""
@@ -155,6 +176,7 @@ class Metrics:
 
     def forget_run(self, run: str) -> None:
         """Remove the run's series. Call it for a run that ended when the next one begins, so that runs do not pile up."""
+        self.waits(run, None, 0.0, 0.0)
         for metric, labels in self._runs.pop(run, ()):
             metric.remove(*labels)
         for agent_id, shown in list(self._by_agent.items()):
@@ -326,6 +348,12 @@ class Metrics:
         )
         self._run_state = new(Gauge, "midge_run_state", "1 for the state of the run.", ("state",), _each(RunState))
         self._agents_missing = new(Gauge, "midge_agents_missing", "Agents that the run lacks before it can go on.")
+        self._wait_since = new(
+            Gauge, "midge_wait_since_timestamp_seconds", "When the present wait began.", ("reason",), zeroes=()
+        )
+        self._wait_until = new(
+            Gauge, "midge_wait_until_timestamp_seconds", "When it ends at the latest.", ("reason",), zeroes=()
+        )
         self._target = new(Gauge, "midge_cohort_target", "Updates that this attempt wants.")
         self._quorum = new(Gauge, "midge_quorum", "Updates that this attempt can do with.")
         self._invited = new(Gauge, "midge_cohort_invited", "Agents that were invited to this attempt.")

@@ -6,7 +6,10 @@ What an agent says of itself reaches terminals through the board: there, as in t
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from coordinator import run_events as ev
@@ -15,6 +18,7 @@ from coordinator.cohort import Agent, AgentState, Change, Fleet
 from coordinator.metrics import Metrics
 from coordinator.round import MemberState
 from coordinator.tracking import Tracking
+from coordinator.waits import Wait
 from midge.log import log_event
 from midge.transport.base import Connected, Disconnected
 
@@ -27,6 +31,8 @@ _RUN_STATES = {
     "in_round": "running",
     "finishing": "running",
 }
+_TELL_AFTER_S = 10.0
+"""A wait that lasts so long is in the log, and again each time that it has become three times as long."""
 _AFTER_ACCEPTANCE = (MemberState.ACCEPTED, MemberState.REPORTED, MemberState.REJECTED)
 
 
@@ -46,6 +52,10 @@ class Watch:
         self._shared = shared
         self._fleet = Fleet()
         self._misfits: dict[str, str] = {}
+        self._wait_key: tuple[str, int, int] | None = None
+        self._waits_since = 0.0
+        self._shown_wait: Wait | None = None
+        self._tell_at = math.inf
         self.tracking: Tracking | None = None
         """What experiment trackers are told; None where there is none."""
 
@@ -163,13 +173,43 @@ class Watch:
                     continue
             self.saved(save)
 
-    def look(self, status: str, num_missing: int, queue_bytes: int) -> None:
-        """Once a turn: what the run says of itself."""
+    def look(self, status: str, num_missing: int, queue_bytes: int, wait: Wait | None = None, now: float = 0.0) -> None:
+        """Once a turn: what the run says of itself, and what it waits for."""
         if self.run_id:
             self._metrics.waiting(self.run_id, num_missing)
         self._metrics.queue(queue_bytes)
         with self._shared.lock:
             self._shared.board.status = _printable(status)
+            self._look_at_wait(wait, now)
+
+    def _look_at_wait(self, wait: Wait | None, now: float) -> None:
+        board = self._shared.board
+        key = None if wait is None else (wait.reason, board.round_num, board.attempt)
+        if key != self._wait_key:
+            self._wait_key, self._waits_since, self._shown_wait = key, now, None
+            self._tell_at = now + _TELL_AFTER_S
+        if wait != self._shown_wait or wait is None:
+            self._show_wait(wait, now)
+        if wait is not None and now >= self._tell_at:
+            waits_s = now - self._waits_since
+            self._tell_at = now + 2 * waits_s
+            shown: dict[str, Any] = {"missing": wait.num_missing} if wait.num_missing else {}
+            if wait.until < math.inf:
+                shown["left_s"] = round(wait.until - now)
+            what = {"run": self.run_id, "waits_for": wait.reason, "since_s": round(waits_s), **shown}
+            log_event(_log, logging.INFO, "still waiting", **what, status=board.status)
+
+    def _show_wait(self, wait: Wait | None, now: float) -> None:
+        """On the board and in metrics: they have times, which stay as they are while the wait lasts."""
+        board, self._shown_wait = self._shared.board, wait
+        clock = time.time()
+        since = clock - (now - self._waits_since)
+        until = math.inf if wait is None else clock + (wait.until - now)
+        board.waiting_for, board.num_missing = ("", 0) if wait is None else (wait.reason, wait.num_missing)
+        board.waiting_since = "" if wait is None else _utc(since)
+        board.waiting_until = "" if until == math.inf else _utc(until)
+        if self.run_id:
+            self._metrics.waits(self.run_id, None if wait is None else wait.reason, since, until)
 
     def _count_agents(self) -> None:
         self._metrics.agents({cast("Any", str(state)): count for state, count in self._fleet.count().items()})
@@ -304,6 +344,10 @@ class Watch:
         if agent_id not in agents:
             agents[agent_id] = AgentView(agent_id)
         return agents[agent_id]
+
+
+def _utc(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="seconds")
 
 
 def _printable(text: str) -> str:

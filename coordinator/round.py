@@ -65,6 +65,7 @@ from coordinator.round_events import (
     UpdateAccepted,
     UpdateRejected,
 )
+from coordinator.waits import Wait
 
 _FIRST_RESEND_S = 2.0
 _RETURN_GRACE_S = 30.0
@@ -309,6 +310,19 @@ class Round:
                 return f"committed {self.digest[:12]} from {len(self.reported)} updates"
             case RoundState.ABANDONED:
                 return f"abandoned: {self.reason}"
+
+    def wait(self) -> Wait | None:
+        """What it waits for; None once it has ended."""
+        match self.state:
+            case RoundState.SELECTING:
+                return Wait("agents", max(0, self.config.minimum - len(self._available)), self._ends_at)
+            case RoundState.COLLECTING:
+                until = min(self._ends_at, math.inf if self._num_awaited else self._grace_ends_at())
+                return Wait("updates", max(0, self._wanted - self._num_reported), until)
+            case RoundState.AGGREGATING:
+                return Wait("aggregation")
+            case _:
+                return None
 
     def _waiting_for(self) -> str:
         awaited = self.awaited

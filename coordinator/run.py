@@ -21,7 +21,6 @@ While a version is evaluated the next round already runs; the one after waits fo
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -33,9 +32,10 @@ from coordinator.attempt import Attempt, Output, Tallies, turn_away
 from coordinator.cohort import Change, Fleet
 from coordinator.durations import in_words
 from coordinator.round import MemberState, Round, RoundState
-from coordinator.run_config import Resumed, RunConfig, Version
+from coordinator.run_config import FINAL, Resumed, RunConfig, RunState, Version
 from coordinator.scoring import Scoring
 from coordinator.uplink import Verdict
+from coordinator.waits import Wait
 from midge.wire.frames import Frame, Framing
 from midge.wire.layout import Layout
 
@@ -51,23 +51,8 @@ _NUM_MISFITS = 3
 """Of so many agents that are here and cannot take part, a status line gives the reason."""
 
 
-class RunState(enum.StrEnum):
-    """Where a run stands."""
-
-    PREPARING = "preparing"
-    WAITING = "waiting"
-    PUBLISHING = "publishing"
-    IN_ROUND = "in_round"
-    FINISHING = "finishing"
-    DONE = "done"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
 _SeenAttempt = tuple[int, int, RoundState, dict[str, MemberState]]
 _SeenRun = tuple[RunState, str, int, tuple[int, float] | None]
-
-FINAL = (RunState.DONE, RunState.FAILED, RunState.STOPPED)
 
 
 class Run:
@@ -217,6 +202,23 @@ class Run:
                 return f"{self.state}: {self.reason}"
             case _:
                 return f"publishing the model of round {self.current_round - 1}"
+
+    def wait(self) -> Wait | None:
+        """What it waits for; None once it is over."""
+        match self.state:
+            case RunState.PREPARING | RunState.PUBLISHING:
+                return Wait("publishing" if self.version else "model")
+            case RunState.IN_ROUND if self.attempt is not None:
+                return self.attempt.round.wait()
+            case RunState.WAITING if not (self._connected and self._started):
+                until = math.inf if self._started else self._starts_by
+                return Wait("agents" if self._connected else "broker", self.num_missing, until)
+            case RunState.WAITING if self._pause_until < math.inf:
+                return Wait("pause", 0, self._pause_until)
+            case RunState.WAITING | RunState.FINISHING:
+                return Wait("evaluation")
+            case _:
+                return None
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,22 @@ from coordinator.round import MemberState, RoundConfig, RoundState
 from midge.wire.frames import Framing
 from midge.wire.layout import Layout
 from midge.wire.messages import TrainingConfig
+
+
+class RunState(enum.StrEnum):
+    """Where a run stands."""
+
+    PREPARING = "preparing"
+    WAITING = "waiting"
+    PUBLISHING = "publishing"
+    IN_ROUND = "in_round"
+    FINISHING = "finishing"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+FINAL = (RunState.DONE, RunState.FAILED, RunState.STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ from coordinator.state_dir import InUseError, lock
 from coordinator.store import Store, StoreError
 from coordinator.trackers import make_trackers
 from coordinator.tracking import Teller, Tracking, history
+from coordinator.waits import Wait
 from midge.eventqueue import EventQueue
 from midge.failpoints import fail_point
 from midge.log import log_event
@@ -209,6 +210,7 @@ class Service:
             self.queue.put,
             num_threads=settings.aggregation_threads,
             max_step_ratio=settings.max_step_ratio,
+            aggregation_deadline_s=settings.aggregation_deadline_s,
             evaluation_deadline_s=settings.evaluation_deadline_s,
             data_dir=settings.data_dir,
             download=settings.download,
@@ -284,7 +286,7 @@ class Service:
         self.heart.network_is_stuck = not self._transport.healthy
         run = self._driver.run
         missing = run.num_missing if run else 0
-        self._watch.look(self._status(), missing, self.queue.size_bytes)
+        self._watch.look(self._status(), missing, self.queue.size_bytes, self._wait(), time.monotonic())
 
     def _end_turn(self, now: float) -> None:
         late = self._compute.tick(now) if self._compute is not None else None
@@ -306,6 +308,14 @@ class Service:
         if self._guard.is_parked:
             return self._guard.status()
         return self._driver.run.status() if self._driver.run else self._idle_status
+
+    def _wait(self) -> Wait | None:
+        if self._guard.is_parked:
+            return Wait("disk", 0, self._guard.retry_at)
+        wait = self._driver.run.wait() if self._driver.run else None
+        if wait is None or self._compute is None:
+            return wait
+        return Wait(wait.reason, wait.num_missing, min(wait.until, self._compute.ends_by(wait.reason)))
 
     # When the disk fails: see disk_guard.py.
 

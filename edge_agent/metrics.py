@@ -56,6 +56,9 @@ class AgentMetrics:
         )
         build.labels(*self._labels, __version__, str(PROTOCOL)).set(1)
         self._state = gauge("midge_agent_state", "1 for the agent's state.", (*own, "state"), registry=registry)
+        self._since = gauge(
+            "midge_agent_state_since_timestamp_seconds", "When it came into that state.", own, registry=registry
+        )
         self._connected = gauge("midge_agent_connected", "1 while connected to the broker.", own, registry=registry)
         self._rounds = counter(
             "midge_agent_rounds_total", "Rounds that ended for this agent.", (*own, "outcome"), registry=registry
@@ -76,6 +79,7 @@ class AgentMetrics:
         """The agent is now in `state`."""
         for each in get_args(AgentState):
             self._state.labels(*self._labels, each).set(each == state)
+        self._since.labels(*self._labels).set_to_current_time()
 
     def connected(self, is_connected: bool) -> None:
         """The connection to the broker is up, or down."""

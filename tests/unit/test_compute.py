@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import threading
 from pathlib import Path
@@ -233,6 +234,33 @@ def test_models_and_evaluations_are_asked_of_the_evaluator_with_its_deadline(tal
     talk.compute.ask(ev.EvaluateModel(0, made.digest), 300.0)
     late = talk.compute.tick(900.0)
     assert late == ev.ModelEvaluated(0, None, "not done after 600 s (evaluation_deadline_s)")
+
+
+def test_an_aggregation_that_takes_too_long_is_given_up_and_its_result_is_not_heard_of(tmp_path, monkeypatch):
+    talk = Talk(tmp_path)
+    talk.compute._deadline_s = 60.0
+    began, gate = threading.Event(), threading.Event()
+    open_model = talk.models.open
+
+    def open_slowly(digest: str) -> Any:
+        began.set()
+        assert gate.wait(BOUND_S)
+        return open_model(digest)
+
+    monkeypatch.setattr(talk.models, "open", open_slowly)
+    talk.compute.ask(ev.AggregateUpdates(1, talk.base, (talk.update("a", 1.0, 1),)), 100.0)
+    assert talk.compute.deadline() == talk.compute.ends_by("aggregation") == 160.0
+    assert began.wait(BOUND_S)
+    assert talk.compute.tick(159.0) is None
+    late = talk.compute.tick(160.0)
+    assert late == ev.AggregationBroke("averaging was not done after 60 s (aggregation_deadline_s)")
+    assert talk.compute.deadline() == math.inf
+    gate.set()
+    (computed,) = talk.queue.take(BOUND_S)
+    assert isinstance(computed, Computed)
+    assert talk.compute.take(computed) is None
+    talk.compute.stop()
+    talk.spool.close()
 
 
 def test_a_computation_that_does_not_end_keeps_nobody_from_stopping(talk, caplog):

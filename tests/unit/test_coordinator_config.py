@@ -57,6 +57,7 @@ WORKING = {
     "selection_deadline_s": 1.0,
     "acceptance_deadline_s": 1.0,
     "round_deadline_s": 1.0,
+    "aggregation_deadline_s": 1.0,
     "max_attempts": 1,
     "max_step_ratio": 0.0,
     "evaluate": False,

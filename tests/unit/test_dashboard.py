@@ -32,6 +32,7 @@ def sample_labels() -> dict[str, dict[str, set[str]]]:
     metrics = Metrics("lab", registry)
     metrics.run_state("a", "running")
     metrics.committed("a", 1, examples=1, delta_norm=1.0, update_norms=[1.0])
+    metrics.waits("a", "updates", 1.0, 2.0)
     metrics.best("a", 0.5)
     metrics.evaluated("a", "central", 0.5, {"accuracy": 0.5})
     metrics.evaluated("a", "federated", 0.5, {"accuracy": 0.5})

@@ -37,6 +37,7 @@ def everything_happens(metrics: Metrics, run: str = "a") -> None:
     metrics.agents({"online": 3, "silent": 1})
     metrics.run_state(run, "running")
     metrics.waiting(run, 2)
+    metrics.waits(run, "updates", 1000.0, 1600.0)
     metrics.round_started(run, round_num=1, attempt=1, target=4, quorum=2)
     metrics.cohort(run, invited=4, accepted=3, reported=2)
     metrics.phase_ended(run, "collecting", 0.2)
