@@ -176,6 +176,9 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     mlflow_uri: Annotated[
         str, Meta(max_length=1000, description="MLflow server or database that is told of runs; empty: none is.")
     ] = ""
+    keepalive_s: Annotated[
+        int, Meta(ge=1, le=65_535, description="Longest silence towards the broker, which else thinks us gone.")
+    ] = 30
     agent_metrics: Annotated[
         int,
         Meta(ge=0, le=1000, description="Agents that metrics and trackers show each by itself: the first that report."),

@@ -46,6 +46,7 @@ from midge.wire.codecs import FLOAT32, decode_float32
 from midge.wire.errors import FrameError, MessageError, WireError
 from midge.wire.frames import Frame, content_tag, decode_frame
 from midge.wire.messages import (
+    MAX_EPOCH_JUMP,
     CoordinatorStatus,
     Presence,
     RollCall,
@@ -59,8 +60,6 @@ from midge.wire.topics import CoordinatorTopic, OutboxTopic, PresenceTopic, Topi
 _log = logging.getLogger("coordinator")
 _LONGEST_DELAY_S = 0.5
 """What need not be saved at once is saved after this time at the latest."""
-_MAX_EPOCH_JUMP = 1_000_000
-"""An epoch grows by one at a start. What is so far above ours is no epoch, and going above it would be for ever."""
 _ROLL_CALL_RATE = 500.0
 """Answers to a roll call per second that are asked for: it is spread over the fleet's size by this."""
 
@@ -163,6 +162,7 @@ class Driver:
         self.fleet = Fleet()
         self.run: Run | None = None
         self.is_connected = False
+        self._num_connections = 0
         self.packet_limit_bytes: int | None = None
         self._store = store
         self._spool = spool
@@ -315,6 +315,7 @@ class Driver:
 
     def _on_connected(self, packet_limit_bytes: int | None) -> None:
         self.is_connected = True
+        self._num_connections += 1
         self.packet_limit_bytes = packet_limit_bytes
         self._publisher = None
         self.transport.subscribe(
@@ -390,8 +391,10 @@ class Driver:
         self.step(ev.UpdateOffered(agent_id, message, stored), now)
 
     def _on_presence(self, agent_id: str, presence: Presence, now: float, *, retained: bool) -> None:
-        if self.epoch < presence.epoch < self.epoch + _MAX_EPOCH_JUMP:
+        if self.epoch < presence.epoch < self.epoch + MAX_EPOCH_JUMP:
             self._go_above(presence.epoch)
+        elif presence.epoch >= self.epoch + MAX_EPOCH_JUMP:  # it believed what cannot be, and would not listen to us
+            self._publish_status(online=True)
         change = self.fleet.hear(agent_id, presence, retained=retained)
         agent = self.fleet.agents.get(agent_id)
         if agent is not None:
@@ -404,22 +407,28 @@ class Driver:
             self.step(ev.FleetMoved(agent_id, change), now)
 
     def _on_coordinator(self, status: CoordinatorStatus, *, retained: bool) -> None:
+        """Another coordinator's presence: the newer one leads.
+
+        A retained one that is there as we connect for the first time is of somebody who started before us, if not a ghost. One
+        with a higher epoch that is there as we connect again is of somebody who started while we were cut off.
+        """
         if status.instance == self._instance:
             return
-        if status.epoch < self.epoch:
-            if not status.online:  # the will of an earlier coordinator came late, and says that there is none
-                self._publish_status(online=True)
-            return
-        if status.epoch >= self.epoch + _MAX_EPOCH_JUMP:
+        if status.epoch >= self.epoch + MAX_EPOCH_JUMP:
+            self._publish_status(online=True)  # over it: an agent that believed it would listen to nobody else
             raise MessageError(
                 f"a coordinator's presence of epoch {status.epoch}: expected one near our own {self.epoch}"
             )
-        if status.online and not retained:
+        is_newer = status.epoch > self.epoch and self._num_connections > 1 if retained else status.epoch >= self.epoch
+        if status.online and is_newer:
             raise SupersededError(
                 f"another coordinator of federation {self.topics.federation} started (epoch {status.epoch}, this one has "
                 f"{self.epoch}); give each its own federation, or stop the other"
             )
-        self._go_above(status.epoch)
+        if status.epoch >= self.epoch:
+            self._go_above(status.epoch)
+        elif not status.online:  # the will of an earlier coordinator came late, and says that there is none
+            self._publish_status(online=True)
 
     def _go_above(self, epoch: int) -> None:
         """Someone knows of a higher epoch, from a coordinator that lost its state: agents would ignore a lower one."""

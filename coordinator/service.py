@@ -121,6 +121,7 @@ class Service:
             f"coordinator-{settings.federation}-{instance[:6]}",
             self.queue,
             will=Will(topics.coordinator, presence_payload(epoch, instance, online=False), delay_s=0),
+            keepalive_s=settings.keepalive_s,
             clean_start=True,
             session_expiry_s=0,  # its client id is new at each start: a session left behind would only fill a queue
         )

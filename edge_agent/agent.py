@@ -32,10 +32,12 @@ from typing import NamedTuple
 from edge_agent import agent_events as ev
 from edge_agent.pull import Ask, Pull
 from edge_agent.push import Push
-from midge import __version__
+from midge import PROTOCOL, __version__
 from midge.wire.messages import (
+    MAX_EPOCH_JUMP,
     Acceptance,
     Cancel,
+    CoordinatorStatus,
     Credit,
     Head,
     Invitation,
@@ -96,6 +98,7 @@ class Agent:
         self._newest: Invitation | None = None
         self._refusal: ev.Say | None = None
         self._coordinator_version = ""
+        self._misfit = ""
 
     @property
     def state(self) -> AgentState:
@@ -233,16 +236,27 @@ class Agent:
         return commands + self._settle()
 
     def _on_coordinator(self, event: ev.CoordinatorSeen) -> list[ev.Command]:
-        if event.status.epoch < self.epoch:
+        status = event.status
+        if status.epoch < self.epoch and not (status.online and status.epoch + MAX_EPOCH_JUMP <= self.epoch):
             return [ev.Stale("presence of an older coordinator")]
-        came_back = event.status.online and self._coordinator_is_away
-        self._coordinator_is_away = not event.status.online
-        self.epoch = event.status.epoch
-        self._coordinator_version = event.status.version
+        came_back = status.online and self._coordinator_is_away
+        self._coordinator_is_away = not status.online
+        self.epoch = status.epoch
+        self._coordinator_version = status.version
+        commands = self._compare_protocols(status) if status.online else []
         if came_back and self._push is not None:
             self._push.asked(self.now)
-            return [self._header()]
-        return []
+            commands.append(self._header())
+        return commands
+
+    def _compare_protocols(self, status: CoordinatorStatus) -> list[ev.Command]:
+        """Note once that the coordinator speaks another protocol; its invitations are refused for that."""
+        before, self._misfit = self._misfit, ""
+        if status.protocol != PROTOCOL:
+            ours = f"this agent {PROTOCOL} (Midge {__version__})"
+            theirs = f"the coordinator speaks protocol {status.protocol} (Midge {status.version})"
+            self._misfit = f"{theirs}, {ours}: install the same Midge on both"
+        return [ev.ProtocolDiffers(self._misfit)] if self._misfit not in ("", before) else []
 
     def _can_upload(self) -> bool:
         return self._connected and not self._coordinator_is_away  # where nobody has said so, it is worth asking
@@ -263,6 +277,8 @@ class Agent:
         if self.invitation is not None and _same_work(self.invitation, invitation):
             return self._renew(invitation)
         commands = self._abandon_work()
+        if self._misfit:
+            objection = ev.Objection("protocol", self._misfit)
         if objection is not None:
             return [*commands, *self._say_refusal(invitation, objection)]
         self.invitation = invitation

@@ -237,8 +237,14 @@ class Stale(Struct, frozen=True):
     what: str
 
 
-NOTES = (StateChanged, RoundEnded, Stale)
-Note = StateChanged | RoundEnded | Stale
+class ProtocolDiffers(Struct, frozen=True):
+    """The coordinator speaks another protocol: its invitations are refused until one of the two is brought up to date."""
+
+    detail: str
+
+
+NOTES = (StateChanged, RoundEnded, Stale, ProtocolDiffers)
+Note = StateChanged | RoundEnded | Stale | ProtocolDiffers
 
 Command = (
     AnnouncePresence

@@ -89,7 +89,7 @@ def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool,
     settings, address = _load(file, assignments, options)
     log.setup(settings.log_format, settings.log_level)
     from edge_agent.journal import JournalError  # noqa: PLC0415  help and errors need no more than is above
-    from edge_agent.service import Service  # noqa: PLC0415
+    from edge_agent.service import NetworkThreadError, Service  # noqa: PLC0415
 
     try:
         failpoints.arm("agent")
@@ -99,6 +99,8 @@ def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool,
         service.run()
     except (JournalError, failpoints.FailPointError) as error:
         _fail(str(error), 2)
+    except NetworkThreadError as error:
+        _fail(str(error), 1)
 
 
 @main.command(short_help="Check that this agent could work, and say what is wrong.")

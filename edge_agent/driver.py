@@ -221,7 +221,7 @@ class Driver:
                 self._watch(run_id)
             case ev.AnnouncePresence():
                 self._announce()
-            case ev.StateChanged() | ev.RoundEnded() | ev.Stale():
+            case ev.StateChanged() | ev.RoundEnded() | ev.Stale() | ev.ProtocolDiffers():
                 self._note(command)
         return None
 
@@ -295,6 +295,10 @@ class Driver:
                 log_event(_log, logging.DEBUG, "state changed", agent=self.agent_id, state=state)
             case ev.Stale(what):
                 log_event(_log, logging.DEBUG, "stale message ignored", agent=self.agent_id, what=what)
+            case ev.ProtocolDiffers(detail):
+                log_event(
+                    _log, logging.ERROR, "the coordinator is of another protocol", agent=self.agent_id, detail=detail
+                )
             case ev.RoundEnded(invitation, outcome, reason, detail):
                 why: dict[str, Any] = {key: text for key, text in (("reason", reason), ("detail", detail)) if text}
                 log_event(

@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     from edge_agent.metrics import AgentMetrics
 
 _log = logging.getLogger("edge_agent")
-_LONGEST_WAIT_S = 3600.0
+_LONGEST_WAIT_S = 60.0
+"""Then the network thread is looked after."""
+
+
+class NetworkThreadError(Exception):
+    """The network thread is dead: nothing can be heard any more, and only a new process helps."""
 
 
 class _Stop:
@@ -106,7 +111,11 @@ class Service:
         )
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then say farewell."""
+        """Serve until SIGTERM or SIGINT, then say farewell.
+
+        Raises:
+            NetworkThreadError: whoever runs this agent should start it again; its work is kept.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         settings = self.settings
@@ -147,6 +156,8 @@ class Service:
         now = time.monotonic()
         self._trainer.tick(now)
         self._driver.step(ev.TimePassed(), now)
+        if not self._transport.is_alive:
+            raise NetworkThreadError(f"agent {self.settings.agent_id}: the network thread died: start it again")
         return True
 
     def _on_worker(self, event: WorkerReplied | WorkerExited, now: float) -> None:

@@ -4,11 +4,12 @@ paho is driven through its documented interface for an external loop: the networ
 epoll or kqueue, so that the number of descriptors has no limit) and calls `loop_read`, `loop_write` and `loop_misc`. Since
 `on_socket_register_write` is set, paho never writes from a call to `publish`; and no other thread calls paho at all.
 
-Two things that paho leaves to its caller are done here, others in quirks.py:
+Three things that paho leaves to its caller are done here, others in quirks.py:
 
 * It ignores the limits in CONNACK. `Connected` carries the packet limit, and the window keeps to Receive Maximum.
 * Its `loop_misc` ends a connection whose PINGRESP was not read in time. While reading pauses, or a backlog is being read,
   the ping is written here instead.
+* It waits two keep-alives before it calls a broker lost. Here that are one and a half, as on the broker's side.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from midge.transport.failures import (
     Failure,
     Kind,
     LinkError,
+    Reason,
     explain_disconnect,
     explain_end,
     explain_error,
@@ -59,6 +61,8 @@ EVENT_OVERHEAD_BYTES = 256
 """What an event costs beside its payload, roughly: a flood of empty messages must fill the queue too."""
 
 _BURST = 64
+_SILENCE = 1.5
+"""Keep-alives without a word from the broker, which is asked for one after the first of them; then it is lost."""
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_TICK_S = 5.0
 _PINGREQ = b"\xc0\x00"
@@ -154,7 +158,7 @@ class _PahoLink:
         self._tokens: dict[int, int] = {}
         self._subscriptions: dict[int, tuple[str, ...]] = {}
         self._write_wanted = False
-        self._looked_at = time.monotonic()
+        self._looked_at = self._heard_at = time.monotonic()
         self._client = self._make_client()
 
     # What the network thread asks for.
@@ -176,7 +180,7 @@ class _PahoLink:
             hint = ": does it speak TLS on this port?" if self._address.uses_tls else ""
             reason = f"{self._address}: the broker closed the connection while it was opened{hint}"
             raise LinkError(Failure(Kind.LOST, reason)) from error
-        self._looked_at = time.monotonic()
+        self._looked_at = self._heard_at = time.monotonic()
         opened = self._client.socket()
         if opened is None:
             raise LinkError(self.failure or Failure(Kind.LOST, f"{self._address}: the socket closed at once"))
@@ -204,6 +208,7 @@ class _PahoLink:
         self._check()
 
     def read(self) -> None:
+        self._heard_at = time.monotonic()
         self._client.loop_read()
         self._check()
 
@@ -233,7 +238,12 @@ class _PahoLink:
             self._client.loop_misc()
             self._looked_at = now
             self._check()
-        elif now - self._looked_at >= self._client.keepalive / 4 and not self._client.want_write():
+            silent_s = now - self._heard_at
+            if self.failure is None and self.accepted is not None and silent_s >= _SILENCE * self._settings.keepalive_s:
+                self.failure = explain_end(Reason.KEEP_ALIVE_TIMEOUT, None, self._address, accepted=True)
+            return
+        self._heard_at = max(self._heard_at, now)  # as far as can be told
+        if now - self._looked_at >= self._client.keepalive / 4 and not self._client.want_write():
             self._looked_at = now
             self._ping()
 

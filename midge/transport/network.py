@@ -129,9 +129,14 @@ class NetworkThread(ABC):
             self._thread.join(timeout_s + 2 * _FAREWELL_S)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the network thread has not died; it may be stuck."""
+        return self._thread.is_alive()
+
+    @property
     def healthy(self) -> bool:
         """Whether the network thread lives and comes round; for a watchdog."""
-        return self._thread.is_alive() and time.monotonic() - self._turned_at < STUCK_S
+        return self.is_alive and time.monotonic() - self._turned_at < STUCK_S
 
     def publish(
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None

@@ -19,6 +19,8 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """Above the largest head (`MAX_CANONICAL_BYTES` of layout, and its counters); all other messages are far smaller."""
 MAX_RANGES = 64
 """A credit lists at most this many ranges of missing frames; the last one then reaches to the last missing frame."""
+MAX_EPOCH_JUMP = 1_000_000
+"""An epoch grows by one at a start. What is so far above another is no epoch, and going above it would be for ever."""
 _MAX_NUMBER = 1e300
 
 Identifier = Annotated[str, msgspec.Meta(pattern=PATTERN)]

@@ -6,13 +6,15 @@ import math
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent import agent_events as ev
 from edge_agent.agent import Agent, AgentState
-from midge import __version__
+from midge import PROTOCOL, __version__
 from midge.wire.frames import content_tag
 from midge.wire.messages import (
+    MAX_EPOCH_JUMP,
     Acceptance,
     Cancel,
     CoordinatorStatus,
@@ -829,3 +831,36 @@ def test_whatever_comes_an_agent_never_raises_and_its_invariants_hold(seed: int)
         talk.hear(random_event(rng, talk), after_s=rng.choice((0.0, 0.0, 0.5, 20.0)))
         works.add(talk.agent.work)
     assert AgentState.FETCHING in works
+
+
+# Coordinators that cannot be, or that speak another protocol.
+
+
+def test_an_epoch_that_was_none_is_forgotten_once_the_coordinator_speaks():
+    talk = Talk()
+    talk.hear(ev.CoordinatorSeen(status(epoch=2**53)))
+    assert only(talk.invite(), ev.Stale)
+    assert only(talk.hear(ev.CoordinatorSeen(status(online=False))), ev.Stale)  # a will says nothing of who is there
+    talk.hear(ev.CoordinatorSeen(status()))
+    assert said(talk.invite(), Acceptance)
+
+
+def test_a_coordinator_that_is_only_older_stays_fenced():
+    talk = Talk()
+    talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH + MAX_EPOCH_JUMP - 1)))
+    assert only(talk.hear(ev.CoordinatorSeen(status())), ev.Stale)
+
+
+def test_a_coordinator_of_another_protocol_is_named_once_and_its_invitation_refused_until_it_is_brought_up_to_date():
+    talk = Talk()
+    other = msgspec.structs.replace(status(), protocol=PROTOCOL + 1, version="9.1")
+    expected = (
+        f"the coordinator speaks protocol {PROTOCOL + 1} (Midge 9.1), this agent {PROTOCOL} (Midge {__version__}): "
+        "install the same Midge on both"
+    )
+    assert only(talk.hear(ev.CoordinatorSeen(other)), ev.ProtocolDiffers).detail == expected
+    assert talk.hear(ev.CoordinatorSeen(other)) == []
+    (refusal,) = said(talk.invite(), Refusal)
+    assert (refusal.reason, refusal.detail) == ("protocol", expected)
+    talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH + 1)))
+    assert said(talk.invite(epoch=EPOCH + 1), Acceptance)

@@ -164,7 +164,7 @@ def test_the_first_epoch_in_a_copy_is_far_above_the_originals_and_the_next_follo
     store = Store(tmp_path / "copy")
     first = store.raise_epoch()
     assert first > original[-1] + 9_000
-    assert first < 30_000  # what the protocol takes for an epoch at all: see `_MAX_EPOCH_JUMP`
+    assert first < 30_000  # what the protocol takes for an epoch at all: see `MAX_EPOCH_JUMP`
     assert store.raise_epoch() == first + 1
     assert store.raise_epoch(above=first + 100) == first + 101
     store.close()

@@ -72,6 +72,7 @@ WORKING = {
     "aggregation_threads": 2,
     "http_host": "::",
     "http_port": 0,
+    "keepalive_s": 5,
     "tensorboard_dir": "x",
     "mlflow_uri": "x",
     "agent_metrics": 0,

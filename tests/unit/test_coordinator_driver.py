@@ -25,6 +25,7 @@ from coordinator.uplink import FrameFacts
 from midge.transport.base import Connected, Disconnected, MessageReceived, Published, SubscriptionDenied
 from midge.wire.frames import FLOAT32, Frame, content_tag, encode_frame, run_tag, update_digest
 from midge.wire.messages import (
+    MAX_EPOCH_JUMP,
     Acceptance,
     Cancel,
     CoordinatorStatus,
@@ -737,6 +738,31 @@ def test_a_live_status_of_another_that_is_not_older_ends_this_one(talk, epoch):
     talk.connect()
     with pytest.raises(SupersededError, match=f"another coordinator of federation lab started \\(epoch {epoch}"):
         talk.hear(TOPICS.coordinator, status(epoch))
+
+
+def test_one_that_was_cut_off_stops_for_another_that_started_meanwhile_and_not_for_one_that_is_gone(talk):
+    talk.connect()
+    talk.driver.handle(Disconnected("cut"), 0.0)
+    talk.connect()
+    talk.hear(TOPICS.coordinator, status(EPOCH - 1), retained=True)
+    talk.hear(TOPICS.coordinator, status(EPOCH), retained=True)
+    assert talk.driver.epoch == EPOCH + 1  # a ghost's, or that one hears our higher epoch, and stops
+    talk.hear(TOPICS.coordinator, status(EPOCH + 5, online=False), retained=True)
+    assert talk.driver.epoch == EPOCH + 6
+    with pytest.raises(SupersededError, match="another coordinator of federation lab started"):
+        talk.hear(TOPICS.coordinator, status(EPOCH + 7), retained=True)
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_what_is_no_epoch_is_not_believed_and_answered_with_our_presence(talk, retained):
+    talk.connect()
+    talk.hear(TOPICS.coordinator, status(EPOCH + MAX_EPOCH_JUMP), retained=retained)
+    assert talk.observer.num_refused == {"coordinator": 1}
+    assert [(each.epoch, each.instance) for each in statuses(talk.turn())] == [(EPOCH, "this")]
+    absurd = Presence(online=True, incarnation="a", protocol=1, task="digits", epoch=2**53)
+    talk.hear(TOPICS.presence("pi-0"), encode(absurd), retained=retained)
+    assert [(each.epoch, each.instance) for each in statuses(talk.turn())] == [(EPOCH, "this")]
+    assert talk.driver.epoch == EPOCH
 
 
 def test_the_late_will_of_an_older_one_is_answered_with_our_presence(talk):
