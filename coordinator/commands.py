@@ -306,6 +306,9 @@ def _work(service: Service, display: Display | None) -> int:
     except SupersededError as error:
         _wrong(error)
         return 1
+    except MemoryError:
+        _wrong(f"{service.settings.state_dir}: out of memory; start it again, with more, to go on")
+        return 1
     except (StoreError, OSError) as error:
         what = (isinstance(error, OSError) and error.strerror) or error
         _wrong(f"{service.settings.state_dir}: {what}; start it again to go on")

@@ -49,6 +49,7 @@ from midge.wire.messages import (
     MAX_EPOCH_JUMP,
     CoordinatorStatus,
     Presence,
+    Refusal,
     RollCall,
     UpdateHeader,
     decode,
@@ -164,6 +165,8 @@ class Driver:
         self.is_connected = False
         self._num_connections = 0
         self.packet_limit_bytes: int | None = None
+        self.problem = ""
+        """Why the run cannot go on over this connection, where that is known."""
         self._store = store
         self._spool = spool
         self._compute = compute
@@ -173,6 +176,7 @@ class Driver:
         self._broker_topics = broker_topics
         self._base: ModelFile | None = None
         self._publisher: Publisher | None = None
+        self._published_again_for = ("", 0, 0)
         self._commands: list[ev.Command] = []
         self._moved: dict[str, AgentRow | AgentLeft] = {}
         self._scratch = np.empty(0, np.float64)
@@ -317,6 +321,7 @@ class Driver:
         self.is_connected = True
         self._num_connections += 1
         self.packet_limit_bytes = packet_limit_bytes
+        self.problem = ""
         self._publisher = None
         self.transport.subscribe(
             [
@@ -383,6 +388,8 @@ class Driver:
         if not isinstance(message, UpdateHeader):
             if run is None or run.attempt is None or run.attempt.address != address_of(message):
                 self._observer.note(ev.MessageStale("control"))
+            if isinstance(message, Refusal) and message.reason == "fetch":
+                self._publish_again(message, now)
             self.step(ev.MessageCame(agent_id, message), now)
             return
         stored: Mapping[int, FrameFacts] = {}
@@ -500,12 +507,25 @@ class Driver:
         )
         self._pump(now)
 
+    def _publish_again(self, refusal: Refusal, now: float) -> None:
+        """An agent did not get the model: a retained frame may be lost, or overwritten. Once for each attempt."""
+        run = self.run
+        if run is None or run.version is None or self._publisher is not None or not self.is_connected:
+            return
+        attempt = (run.config.run_id, run.current_round, run.attempt.round.attempt if run.attempt else 0)
+        if (refusal.run_id, refusal.round_num) != attempt[:2] or self._published_again_for == attempt:
+            return
+        self._published_again_for = attempt
+        log_event(_log, logging.WARNING, "model published again: an agent did not get it", round=run.version.round_num)
+        self._begin_publishing(ev.PublishModel(run.version.round_num, run.version.digest), now)
+
     def _pump(self, now: float) -> None:
         publisher = self._publisher
         try:
             is_done = publisher is not None and publisher.pump()
         except PacketTooLargeError as error:  # another broker than the run began with; the next connection tries again
             self._publisher = None
+            self.problem = f"the model cannot be published: {error}"
             log_event(_log, logging.ERROR, "model not published", error=error)
             return
         if publisher is not None and is_done:

@@ -293,6 +293,10 @@ class Metrics:
         """A message broke the protocol and was dropped: it did not decode, or its topic is none of ours."""
         self._invalid.labels(self._federation, kind).inc()
 
+    def id_conflict(self) -> None:
+        """An agent came back as the process that it was before the current one: two use its id in turn."""
+        self._id_conflicts.labels(self._federation).inc()
+
     def stale_message(self, kind: Kind) -> None:
         """A message belongs to another run, epoch, round or attempt, and was dropped: normal after a fault."""
         self._stale.labels(self._federation, kind).inc()
@@ -403,6 +407,9 @@ class Metrics:
         new, kinds = self._per_federation, _each(Kind)
         both_ways = [(direction, *kind) for direction in get_args(Direction) for kind in kinds]
         self._agents = new(Gauge, "midge_agents", "Agents that are known, by state.", ("state",), _each(AgentState))
+        self._id_conflicts = new(
+            Counter, "midge_agent_id_conflicts_total", "Times that two processes took turns under one agent id."
+        )
         self._messages = new(Counter, "midge_messages_total", "Messages in and out.", ("direction", "kind"), both_ways)
         self._traffic = new(
             Counter, "midge_traffic_bytes_total", "Bytes in these messages.", ("direction", "kind"), both_ways

@@ -56,6 +56,9 @@ class Watch:
         self._waits_since = 0.0
         self._shown_wait: Wait | None = None
         self._tell_at = math.inf
+        self._incarnations: dict[str, tuple[str, str]] = {}
+        """Of each agent, the one before the current one and the current one."""
+        self._twins: set[str] = set()
         self.tracking: Tracking | None = None
         """What experiment trackers are told; None where there is none."""
 
@@ -120,9 +123,27 @@ class Watch:
             elif view.activity == "offline":
                 view.activity = "idle"
             if change in (Change.CAME, Change.RESTARTED):
-                view.detail = self._judge(agent)
+                view.detail = self._twin(agent) or self._judge(agent)
         if change is not None:
             log_event(_log, logging.INFO, f"agent {change}", agent=agent_id, task=agent.presence.task)
+
+    def _twin(self, agent: Agent) -> str:
+        """What to say where two processes take turns under one id: a start's incarnation is new, so none comes again."""
+        agent_id, incarnation = agent.agent_id, agent.presence.incarnation
+        former, current = self._incarnations.get(agent_id, ("", ""))
+        if incarnation == current:
+            return ""
+        self._incarnations[agent_id] = current, incarnation
+        if incarnation != former:
+            return ""
+        self._metrics.id_conflict()
+        if agent_id not in self._twins:
+            self._twins.add(agent_id)
+            event = f"two processes use the agent id {agent_id} in turn; give each its own, or end one"
+            self._shared.board.add_event(event)
+            hint = "give each its own, or end one"
+            log_event(_log, logging.ERROR, "two processes use one agent id", agent=agent_id, hint=hint)
+        return "two processes use this agent id in turn: give each its own, or end one"
 
     def _judge(self, agent: Agent) -> str:
         """Why an agent that is here can take no part in the run; the log has it once for each reason."""

@@ -282,7 +282,7 @@ class Service:
             self._guard.outlive(functools.partial(self._dispatch, event))
         self._guard.outlive(self._try_again if self._guard.is_parked else self._end_turn)
         self._answer()
-        self.heart.problem = self._guard.problem()
+        self.heart.problem = self._guard.problem() or self._driver.problem
         self.heart.beat()
         self.heart.network_is_stuck = not self._transport.healthy
         run = self._driver.run
@@ -308,7 +308,10 @@ class Service:
     def _status(self) -> str:
         if self._guard.is_parked:
             return self._guard.status()
-        return self._driver.run.status() if self._driver.run else self._idle_status
+        if self._driver.run is None:
+            return self._idle_status
+        problem = self._driver.problem if self._driver.is_connected and self.state not in FINAL else ""
+        return "; ".join(filter(None, [self._driver.run.status(), problem]))
 
     def _wait(self) -> Wait | None:
         if self._guard.is_parked:

@@ -101,6 +101,8 @@ def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool,
         _fail(str(error), 2)
     except NetworkThreadError as error:
         _fail(str(error), 1)
+    except MemoryError:
+        _fail(f"agent {settings.agent_id}: out of memory; its work is kept: start it again, with more", 1)
 
 
 @main.command(short_help="Check that this agent could work, and say what is wrong.")

@@ -6,6 +6,7 @@ the same driver runs on MQTT and files, and on a broker in memory in tests.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class Driver:
         self._objection = objection
         self._observe = observe
         self._packet_limit_bytes = 0
+        self._said_too_large = False
         self._watched = ""
         self._asked: set[str] = set()
 
@@ -101,6 +103,7 @@ class Driver:
                     log_event(_log, level, "message refused", topic=event.topic, error=error)
             case Connected(version, packet_limit_bytes):
                 self._packet_limit_bytes = packet_limit_bytes or 0
+                self._said_too_large = False
                 self._watched = ""
                 self._asked.clear()
                 self._transport.subscribe(
@@ -227,13 +230,17 @@ class Driver:
 
     def _disk_failed(self, error: OSError, *, lost_update: bool = False) -> ev.DiskFailed:
         log_event(_log, logging.ERROR, "disk failed", agent=self.agent_id, error=error)
-        return ev.DiskFailed(f"{error.strerror or error}; free some space, or choose another --state-dir", lost_update)
+        return ev.DiskFailed(f"{error.strerror or error}; {_cure(error)}", lost_update)
 
     def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         try:
             self._transport.publish(topic, payload, qos=qos, retain=retain)
-        except PacketTooLargeError as error:
-            log_event(_log, logging.ERROR, "message not sent", agent=self.agent_id, error=error)
+        except (
+            PacketTooLargeError
+        ) as error:  # said once for each connection: many frames are of one size, and tried again
+            level = logging.DEBUG if self._said_too_large else logging.ERROR
+            self._said_too_large = True
+            log_event(_log, level, "message not sent", agent=self.agent_id, error=error)
 
     def _announce(self) -> None:
         presence = Presence(
@@ -310,6 +317,14 @@ class Driver:
                     agent=self.agent_id,
                     **why,
                 )
+
+
+def _cure(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if error.errno == errno.ENOMEM:
+        return "this device is short of memory"
+    return "free some space, or choose another --state-dir"
 
 
 def make_agent(rng: random.Random, now: float, journal: JournalLike) -> Agent:

@@ -13,8 +13,12 @@ _POWER = Path("/sys/class/power_supply")
 
 
 def on_battery(directory: Path = _POWER) -> bool:
-    """Whether a battery of this device is discharging; false where it has none."""
-    for status in directory.glob("*/status"):
+    """Whether a battery of this device is discharging; false where it has none, or where that cannot be read."""
+    try:
+        paths = list(directory.glob("*/status"))
+    except OSError:  # out of descriptors, say
+        return False
+    for status in paths:
         try:
             if status.read_text().strip() == "Discharging":
                 return True

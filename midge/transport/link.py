@@ -75,6 +75,9 @@ class Link(Protocol):
     def has_room(self) -> bool:
         """Whether another message may be sent now."""
 
+    def largest_pending_bytes(self) -> int:
+        """The largest message on its way that the broker has not taken; 0 where there is none."""
+
     def is_settled(self) -> bool:
         """Whether all that was sent is written, and acknowledged where it should be."""
 

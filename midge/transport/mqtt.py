@@ -155,7 +155,7 @@ class _PahoLink:
         self._error: OSError | None = None
         self._window = MAX_IN_FLIGHT
         self._burst = 0
-        self._tokens: dict[int, int] = {}
+        self._tokens: dict[int, tuple[int, int]] = {}
         self._subscriptions: dict[int, tuple[str, ...]] = {}
         self._write_wanted = False
         self._looked_at = self._heard_at = time.monotonic()
@@ -196,6 +196,9 @@ class _PahoLink:
         if not self._client.want_write():
             self._burst = 0
         return len(self._tokens) < self._window and self._burst < _BURST
+
+    def largest_pending_bytes(self) -> int:
+        return max((size for _, size in self._tokens.values()), default=0)
 
     def is_settled(self) -> bool:
         return not self._tokens and not self._client.want_write()
@@ -292,7 +295,7 @@ class _PahoLink:
         if sent.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             log_event(log, logging.WARNING, "request dropped", error=sent.rc.name, topics=_shown(request))
         elif request.qos:
-            self._tokens[sent.mid] = request.token
+            self._tokens[sent.mid] = request.token, len(request.payload)
 
     def _ping(self) -> None:
         """Write a PINGREQ past paho, which has nothing to write now. Its answer is read by paho as any other."""
@@ -363,7 +366,7 @@ class _PahoLink:
     def _on_publish(
         self, _client: Client, _userdata: object, mid: int, code: ReasonCode, _properties: Properties
     ) -> None:
-        token = self._tokens.pop(mid, None)
+        token, _ = self._tokens.pop(mid, (None, 0))
         if code.is_failure:  # not told to the driver: 3.1.1 could not tell it either, and only receipts count
             log_event(log, logging.WARNING, "message refused by the broker", reason=str(code))
         if token is not None:

@@ -46,6 +46,8 @@ NUM_SHORT_LIVED = 3
 """After so many in a row that did not, a likely cause is named."""
 MAX_PACKET_BYTES = 2**28 + 4
 """The largest packet that MQTT can express."""
+LARGE_BYTES = 16_384
+"""A message that a broker may take offence at."""
 STUCK_S = 60.0
 """A thread that has not come round for this long is stuck."""
 
@@ -221,7 +223,7 @@ class NetworkThread(ABC):
             link.close()
         failure = self._judge(failure, accepted=link.accepted is not None)
         if was_online:
-            failure = self._look_back(failure, time.monotonic() - self._online_at)
+            failure = self._look_back(failure, time.monotonic() - self._online_at, link.largest_pending_bytes())
         if not self._stop_requested.is_set():
             self._report(failure, was_online=was_online)
         return failure
@@ -319,7 +321,7 @@ class NetworkThread(ABC):
             self._online = accepted
         self._events.put(accepted)  # may raise: a driver that does not know of the connection has no use for it
 
-    def _look_back(self, failure: Failure, lived_s: float) -> Failure:
+    def _look_back(self, failure: Failure, lived_s: float, pending_bytes: int) -> Failure:
         """Start over with short waits after a good connection; name the likely cause where there is none for long."""
         if lived_s >= LASTING_S:
             self._backoff.reset()
@@ -328,10 +330,13 @@ class NetworkThread(ABC):
         self._num_short_lived += 1
         if self._num_short_lived < NUM_SHORT_LIVED or failure.kind is not Kind.LOST:
             return failure
-        hint = (
-            f"{self._num_short_lived} times soon after connecting: is our client id, an agent's id, in use by another "
-            "connection to this broker?"
-        )
+        causes = ["is our client id, an agent's id, in use by another connection to this broker?"]
+        if pending_bytes >= LARGE_BYTES:
+            cause = (
+                f"has the broker a limit that it does not tell (in Mosquitto message_size_limit)? {pending_bytes} bytes"
+            )
+            causes.insert(0, f"{cause} were on their way in one message; else")
+        hint = f"{self._num_short_lived} times soon after connecting: {' '.join(causes)}"
         return Failure(failure.kind, f"{failure.reason}, {hint}")
 
     def _go_offline(self) -> bool:

@@ -22,7 +22,13 @@ from coordinator.models import ModelStore
 from coordinator.run import Resumed, Run, RunState, Version
 from coordinator.store import AgentLeft, AgentRow
 from coordinator.uplink import FrameFacts
-from midge.transport.base import Connected, Disconnected, MessageReceived, Published, SubscriptionDenied
+from midge.transport.base import (
+    Connected,
+    Disconnected,
+    MessageReceived,
+    Published,
+    SubscriptionDenied,
+)
 from midge.wire.frames import FLOAT32, Frame, content_tag, encode_frame, run_tag, update_digest
 from midge.wire.messages import (
     MAX_EPOCH_JUMP,
@@ -914,3 +920,31 @@ def test_presence_payload_is_a_status_with_the_epoch_and_this_process():
     seen = decode(presence_payload(7, "this", online=False), CoordinatorStatus)
     assert (seen.online, seen.epoch, seen.instance) == (False, 7, "this")
     assert isinstance(decode(encode(presence()), Presence), Presence)
+
+
+# A model that agents do not get.
+
+
+def test_a_model_that_an_agent_did_not_get_is_published_again_once_for_each_attempt(talk):
+    talk.to_collecting()
+    talk.turn()
+    frames = [TOPICS.model_frame(RUN_ID, 0, index) for index in range(3)]
+    refusal = Refusal(**talk.address, reason="fetch", detail="the model did not arrive before the deadline")
+    talk.say("a", Refusal(**{**talk.address, "round_num": 9}, reason="fetch"))
+    assert [each for each in talk.turn() if each.topic in frames] == []
+    talk.say("a", refusal)
+    assert [each.topic for each in talk.turn() if each.topic in frames] == frames
+    talk.say("a", refusal)
+    assert [each for each in talk.turn() if each.topic in frames] == []
+
+
+def test_a_model_above_the_brokers_limit_is_a_problem_until_the_next_connection(talk):
+    talk.transport.packet_limit_bytes = 30
+    talk.to_collecting()
+    assert talk.driver.problem.startswith(
+        f"the model cannot be published: {TOPICS.model_frame(RUN_ID, 0, 0)}: packet of "
+    )
+    talk.driver.handle(Disconnected("cut"), talk.now)
+    talk.transport.packet_limit_bytes = None
+    talk.connect()
+    assert talk.driver.problem == ""

@@ -47,6 +47,7 @@ def everything_happens(metrics: Metrics, run: str = "a") -> None:
     metrics.message("in", "update", 100)
     metrics.invalid_message("control")
     metrics.stale_message("update")
+    metrics.id_conflict()
     metrics.queue(7)
     metrics.disk_failed()
     metrics.disk_works()

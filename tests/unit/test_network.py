@@ -29,6 +29,7 @@ class PlayedLink:
         self.accepted = Connected("5", accept) if accept is not False else None
         self.failure = None
         self.room = room
+        self.pending_bytes = 0
         self.sent = []
         self.closed = threading.Event()
         self.said_goodbye = False
@@ -46,6 +47,9 @@ class PlayedLink:
 
     def is_settled(self):
         return True
+
+    def largest_pending_bytes(self):
+        return self.pending_bytes
 
     def send(self, request):
         self.sent.append(request)
@@ -244,6 +248,21 @@ def test_the_third_connection_in_a_row_that_does_not_last_gets_a_hint(play):
         reasons.append(thread.next().reason)
     hint = "lost, 3 times soon after connecting: is our client id, an agent's id, in use by another connection to this broker?"
     assert reasons == ["lost", "lost", hint]
+
+
+def test_a_large_message_that_was_on_its_way_each_time_is_named_first(play):
+    links = [PlayedLink(accept=None) for _ in range(3)]
+    thread = play(*links)
+    for link in links:
+        link.pending_bytes = network.LARGE_BYTES
+        assert thread.next() == Connected("5", None)
+        link.far.send(b"lost")
+        reason = thread.next().reason
+    assert reason == (
+        "lost, 3 times soon after connecting: has the broker a limit that it does not tell (in Mosquitto message_size_limit)? "
+        "16384 bytes were on their way in one message; else is our client id, an agent's id, in use by another connection to "
+        "this broker?"
+    )
 
 
 def test_a_connection_that_lasted_makes_the_next_wait_short_again(play, monkeypatch):

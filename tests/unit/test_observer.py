@@ -356,3 +356,17 @@ def test_what_is_told_again_after_a_write_that_failed_changes_only_what_was_miss
     assert caplog.records == []
     watched.watch.catch_up([*told, ev.SaveVersion(2, version_digest(2), None, 3, 30)])
     assert watched.board.history[2].num_updates == 3
+
+
+def test_two_processes_that_take_turns_under_one_id_are_counted_and_named_once(watched, caplog):
+    fleet = Fleet()
+    with caplog.at_level(logging.ERROR, "coordinator"):
+        for incarnation in ("aa", "bb", "cc"):  # restarted twice: nothing wrong
+            watched.hear(fleet, "pi-1", incarnation=incarnation)
+        assert watched.value("midge_agent_id_conflicts_total") == 0
+        for incarnation in ("bb", "cc", "bb"):
+            watched.hear(fleet, "pi-1", incarnation=incarnation)
+    assert watched.value("midge_agent_id_conflicts_total") == 3
+    assert watched.board.agents["pi-1"].detail.startswith("two processes use this agent id in turn: give each its own")
+    assert len(watched.board.events) == 1
+    assert [record.getMessage() for record in caplog.records] == ["two processes use one agent id"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from edge_agent.agent_events import Objection
@@ -102,3 +104,11 @@ def test_a_battery_that_cannot_be_read_is_passed_over(tmp_path):
     (tmp_path / "BAT1" / "status").write_text("Discharging\n")
     assert on_battery(tmp_path)
     assert not on_battery(tmp_path / "none")
+
+
+def test_a_device_that_is_out_of_descriptors_is_not_on_its_battery(tmp_path, monkeypatch):
+    def fail(self, pattern):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(type(tmp_path), "glob", fail)
+    assert not on_battery(tmp_path)
