@@ -1,4 +1,4 @@
-"""Our programs with a network thread that dies once a file is there: `python -m tests.broker.deaf FILE coordinator|edge_agent ...`.
+"""Our programs with a network thread that dies once a file is there: `python -m tests.broker.deaf FILE PROGRAM ARGUMENTS`.
 
 It dies as by a bug that nothing catches: all that is an Exception, the thread outlives.
 """

@@ -111,8 +111,8 @@ class Program:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for_log(self, text: str) -> None:
-        wait_until(lambda: text in self.log(), f"{self.name} says {text!r}")
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        wait_until(lambda: self.log().count(text) >= times, f"{self.name} says {text!r}, {times} times")
 
     def children(self) -> list[psutil.Process]:
         """Its worker or its evaluator, while there is one."""

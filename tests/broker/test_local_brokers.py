@@ -134,7 +134,9 @@ def test_the_configuration_for_operators_loads_and_its_limits_hold(start_configu
     assert "Unknown configuration" not in log
 
 
-def test_its_access_list_lets_an_agent_do_what_it_must_and_no_more(start_configured, tmp_path, peer):
+@pytest.fixture
+def users(start_configured, tmp_path, peer):
+    """Connect as a user of a broker with passwords and the shipped access list, for the federation `f`."""
     text = (ROOT / "mosquitto.conf").read_text()
     rules = re.findall(r"^#   ((?:user|topic|pattern) .*)$", text, re.MULTILINE)
     assert len(rules) >= 8
@@ -145,13 +147,17 @@ def test_its_access_list_lets_an_agent_do_what_it_must_and_no_more(start_configu
 
     def protect(text: str) -> str:
         text = text.replace("allow_anonymous true", "allow_anonymous false")
-        return text.replace("#password_file", "password_file").replace("#acl_file", "acl_file")
+        for key in ("password_file", "acl_file", "use_username_as_clientid"):
+            text = text.replace(f"#{key}", key)
+        return text
 
     url = start_configured(protect)
-    users = {
-        name: peer(url, name, security={"username": name, "password": "s3cret"}) for name in ("coordinator", "pi-3")
-    }
-    coordinator, agent = users["coordinator"], users["pi-3"]
+    return lambda name, client_id="": peer(url, client_id or name, security={"username": name, "password": "s3cret"})
+
+
+@pytest.mark.fault(19, 31)
+def test_its_access_list_lets_an_agent_do_what_it_must_and_no_more(users):
+    coordinator, agent = users("coordinator"), users("pi-3")
     own, other = "midge/1/f/agent/pi-3", "midge/1/f/agent/pi-4"
     coordinator.transport.subscribe(["midge/1/f/#"])
     coordinator.sync("midge/1/f")
@@ -171,3 +177,35 @@ def test_its_access_list_lets_an_agent_do_what_it_must_and_no_more(start_configu
     assert {
         event.topic for event in coordinator.seen if isinstance(event, MessageReceived) and event.payload == b"x"
     } == set(allowed)
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize(
+    "pattern",
+    ["#", "+/+/#", "midge/1/f/#", "midge/1/f/agent/+/update/#", "midge/1/f/agent/pi-4/inbox", "$share/all/midge/#"],
+)
+def test_a_rogue_subscription_yields_nothing_of_others(users, pattern):
+    coordinator, other, rogue = users("coordinator"), users("pi-4"), users("pi-3")
+    rogue.transport.subscribe([pattern])
+    secrets = {f"midge/1/f/agent/pi-4/{name}": other for name in ("presence", "outbox", "update/0/0", "update/0/1")}
+    secrets["midge/1/f/agent/pi-4/inbox"] = coordinator
+    for topic, sender in secrets.items():
+        sender.expect_published(sender.transport.publish(topic, b"not for pi-3", retain=True))
+    own = "midge/1/f/agent/pi-3/inbox"
+    coordinator.expect_published(coordinator.transport.publish(own, b"for pi-3", retain=True))
+    rogue.transport.subscribe([pattern])  # once more: what is retained comes now, and before what is asked for next
+    rogue.transport.subscribe([own])
+    rogue.expect(MessageReceived, lambda event: event.topic == own and event.retained)
+    assert not [event for event in rogue.seen if isinstance(event, MessageReceived) and event.topic in secrets]
+    for topic in secrets:  # they are there, for whom they concern
+        coordinator.transport.subscribe([topic])
+        assert coordinator.expect_message(topic).payload == b"not for pi-3"
+
+
+@pytest.mark.fault(17, 31)
+def test_nobody_takes_the_place_of_anothers_connection(users):
+    agent = users("pi-3")
+    assert isinstance(agent.seen[-1], Connected)
+    users("pi-4", client_id="pi-3")
+    agent.watch(0.5)
+    assert isinstance(agent.seen[-1], Connected)

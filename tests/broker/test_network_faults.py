@@ -129,7 +129,7 @@ def test_what_a_broker_forgets_or_keeps_damaged_is_put_there_again(
             file.unlink()
             mosquitto.start()
         for program in federation.programs:
-            wait_until(lambda program=program: program.log().count("broker connected") == 2, f"{program.name} is back")
+            program.wait_for_log("broker connected", times=2)
         looker = peer(mosquitto.url, "looker")
         expected = {f"agent/{agent_id}/presence" for agent_id in ("agent-0", "agent-1")} | {"coordinator"}
         expected |= {f"model/{federation.run_id()}/{name}" for name in ("head", "1/0")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 
 import psutil
@@ -9,6 +10,7 @@ import pytest
 
 from tests.broker import tasks
 from tests.broker.federation import assert_same_model, call, federated, wait_until
+from tests.broker.test_restart import BATCHES, digests, into_the_middle_of, undisturbed
 from tests.broker.test_transport_security import KEY, make_signed, openssl
 
 PASSWORD = "correct-horse-battery-staple"
@@ -77,6 +79,7 @@ def test_a_federation_over_tls_with_passwords_learns_and_shows_no_password(
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.fault(33)
 def test_whom_the_broker_cannot_be_trusted_by_waits_and_says_which_file_to_give(
     url, make_federation, certificates, secrets
 ):
@@ -122,3 +125,61 @@ def test_a_mistake_beside_a_password_does_not_show_it(module):
     assert "did you mean password" in shown.stderr.lower().replace("'", "").replace("`", "")
     assert PASSWORD not in shown.stdout + shown.stderr
     assert WRONG not in shown.stdout + shown.stderr
+
+
+@pytest.fixture
+def swappable(start_mosquitto, certificates, tmp_path, free_port):
+    """A broker whose certificate can be swapped: it is started again with that one of the directory of certificates."""
+    own = tmp_path / "own"
+    own.mkdir()
+
+    def put(name: str) -> None:
+        for end in ("crt", "key"):
+            shutil.copy(certificates / f"{name}.{end}", own / f"broker.{end}")
+
+    put("server")
+    files = [f"certfile {own}/broker.crt", f"keyfile {own}/broker.key"]
+    broker = start_mosquitto(f"listener {free_port} 127.0.0.1", *files)
+
+    def swap(name: str) -> None:
+        broker.kill()
+        put(name)
+        broker.start()
+
+    return f"mqtts://127.0.0.1:{free_port}", swap
+
+
+@pytest.mark.long
+@pytest.mark.fault(33)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("expired", "certificate has expired"), ("foreign", "unable to get local issuer certificate")],
+)
+def test_a_certificate_that_is_swapped_for_a_bad_one_stops_everyone_until_it_is_mended(
+    name, words, swappable, make_federation, certificates, recovery, tmp_path
+):
+    url, swap = swappable
+    for bad, authority, days in (("expired", "ca", -1), ("foreign", "other", 30)):
+        if not (certificates / f"{bad}.crt").exists():
+            make_signed(certificates, bad, authority, "subjectAltName=IP:127.0.0.1", days)
+    federation = make_federation(url, security=["--ca-file", str(certificates / "ca.crt")])
+    federation.hold("agent-1", training=2)
+    federation.start_agents(2)
+    coordinator = federation.start_coordinator(rounds=3, min_agents=2, **BATCHES)
+    into_the_middle_of(federation, 2, coordinator)
+    swap(name)
+    for program in federation.programs:
+        program.wait_for_log(f"the broker's certificate is not trusted: {words}")
+    federation.release("agent-1")
+    status, text = federation.get("/readyz")
+    assert status == 503
+    assert words in text
+    for program in federation.programs:
+        assert program.log().count("broker connected") == 1  # nobody spoke to it
+    assert len(federation.versions()) == 2
+    swap("server")
+    with recovery.watch():
+        federation.wait_for_round(2)
+    recovery.lost(len({"agent-0"} - federation.updates(2).keys()))
+    assert coordinator.wait() == 0
+    assert digests(federation) == undisturbed(tmp_path / "undisturbed", 2, 3)[1]

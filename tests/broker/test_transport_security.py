@@ -20,11 +20,11 @@ def openssl(directory: Path, *arguments: str) -> None:
     subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
 
 
-def make_signed(directory: Path, name: str, authority: str, extension: str = "") -> None:
-    """Make NAME.crt and NAME.key, signed by AUTHORITY."""
+def make_signed(directory: Path, name: str, authority: str, extension: str = "", days: int = 30) -> None:
+    """Make NAME.crt and NAME.key, signed by AUTHORITY and good for so long; with -1 day it has expired."""
     openssl(directory, "req", *KEY, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
     (directory / f"{name}.ext").write_text(extension)
-    signer = ["-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-CAcreateserial"]
+    signer = ["-days", str(days), "-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-CAcreateserial"]
     openssl(directory, "x509", "-req", "-in", f"{name}.csr", *signer, "-extfile", f"{name}.ext", "-out", f"{name}.crt")
 
 
