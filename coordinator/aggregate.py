@@ -8,9 +8,11 @@ frames of a small model: threads share one interpreter, and work together only w
 **The same set of updates gives the same bits**, whatever the order of arrival, the number of threads or a restart between,
 because every element is computed by one fixed sequence of float64 operations:
 
-1. updates are sorted by agent id; the weights are normalised in float64 with an exactly rounded sum;
+1. updates are sorted by agent id; the weights are normalised in float64 with an exactly rounded sum; a strategy that looks at
+   updates as wholes (norms, distances) makes of them shares, and what is missing to 1 is the global model's;
 2. `mean = ((w_0 x_0 + w_1 x_1) + w_2 x_2) + ...`. Rows are taken in groups that bound the memory; a group after the first
-   starts with the sum so far, at weight 1, which changes no bit, so neither does the size of a group;
+   starts with the sum so far, at weight 1, which changes no bit, so neither does the size of a group. A strategy that has
+   something else in place of the mean (a median, say) is given all rows of a block, which is then shorter;
 3. no block looks at another; the squares for the norm are added in lanes, and the blocks' sums in the order of blocks;
 4. what the strategy remembers comes from the file of the version that the round starts from, never from memory.
 
@@ -31,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -43,7 +45,8 @@ from coordinator.kernel import NUM_LANES, Kernel, kernel_for
 from coordinator.models import ModelFile, ModelStore, ModelWriter
 from coordinator.server_state import ServerState, ServerStateError
 from coordinator.spool import RoundSpool, StoredFrame
-from coordinator.strategies.base import Step, Strategy
+from coordinator.strategies.base import Cohort, Shares, Step, Strategy
+from coordinator.update_rows import UpdateRows
 from midge.failpoints import fail_point
 from midge.wire.frames import ELEMENT_BYTES, Framing
 
@@ -51,11 +54,14 @@ _Squares = tuple[float, float]
 """Sums over a block: of all elements, and of those that are learned."""
 _GROUP_ROWS = 20
 _BLOCK_ELEMENTS = 48 * 1024
+_LEAST_BLOCK = 1024
 _RELEASE_BYTES = 8 * 1024 * 1024
+_ROUNDING = 1e-9
+"""So much may shares miss 1 by."""
 
 
 class AggregationError(Exception):
-    """These updates do not make a model: none is counted, one is incomplete, or the result is not finite or far off."""
+    """These updates do not make a model: too few are counted, one is incomplete, or the result is not finite or far off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +90,14 @@ class Aggregated:
         delta_norm: Euclidean norm of `next - global` over the flat vector.
         num_examples: that it was trained on, the sum over the updates.
         server_state: digest of what the strategy remembers, in the store too; None where it remembers nothing.
+        held_back: agents whose updates the strategy left out, or lets count for less than their weight.
     """
 
     digest: str
     delta_norm: float
     num_examples: int
     server_state: str | None = None
+    held_back: tuple[str, ...] = ()
 
 
 def aggregate(
@@ -128,10 +136,13 @@ def aggregate(
     if framing.num_elements != base.layout.num_elements:
         raise AggregationError(f"{framing}: the model has {base.layout.num_elements} elements")
     ordered = sorted(updates, key=lambda update: update.agent_id)
-    _check_cohort(ordered)
+    _check_cohort(ordered, strategy)
     weights = _weights(ordered, strategy)
     counters = _largest_counters(ordered, base)
-    frames = [_complete(spool, update, framing) for update in ordered]
+    rows = UpdateRows(spool, [_complete(spool, update, framing) for update in ordered], framing)
+    shares = _shares(rows, weights, strategy, num_threads)
+    counted = [number for number, share in enumerate(shares.updates) if share > 0]
+    frames = [rows.frames[number] for number in counted]
     num_examples = sum(update.num_examples for update in ordered)
     step = Step(round_num, len(ordered), num_examples)
     try:
@@ -140,7 +151,21 @@ def aggregate(
         raise AggregationError(str(error)) from None
     with state, models.writer(base.layout, counters) as writer:
         kernel = kernel_for(len(frames) * framing.num_elements)
-        fold = Fold(base, spool, frames, weights, strategy, framing, writer, state, step, kernel, is_wanted)
+        kept = [shares.updates[number] for number in counted]
+        fold = Fold(
+            base,
+            spool,
+            frames,
+            kept,
+            strategy,
+            framing,
+            writer,
+            state,
+            step,
+            kernel,
+            base_share=shares.base,
+            is_wanted=is_wanted,
+        )
         sums = fold.run(num_threads)
         learned = sum(learned for _, learned in sums)
         reason = explosion(learned, base.elements, statistics_spans(base.layout), max_step_ratio)
@@ -150,7 +175,12 @@ def aggregate(
                 "agents' learning rate, or raise max_step_ratio"
             )
         after = state.commit()  # first: a model whose state is lost could not go on
-        return Aggregated(writer.commit(), math.sqrt(sum(whole for whole, _ in sums)), num_examples, after)
+        held_back = tuple(
+            update.agent_id
+            for update, weight, share in zip(ordered, weights, shares.updates, strict=True)
+            if share < weight
+        )
+        return Aggregated(writer.commit(), math.sqrt(sum(whole for whole, _ in sums)), num_examples, after, held_back)
 
 
 class Fold:
@@ -160,13 +190,14 @@ class Fold:
         base: the model that the updates were trained on.
         spool: where their frames are.
         frames: of each update, in the order of summation, its frames by index; all are there.
-        weights: of each update; they add up to 1.
+        weights: of each update, above 0; with `base_share` they add up to 1.
         strategy: makes of a mean the next model.
         framing: of the run.
         writer: of the next model.
         state: of the strategy.
         step: which one is made.
         kernel: does the arithmetic but for the strategy's; None: NumPy does.
+        base_share: how much the global model weighs in the mean.
         is_wanted: whether to go on.
     """
 
@@ -182,14 +213,16 @@ class Fold:
         state: ServerState,
         step: Step,
         kernel: Kernel | None = None,
+        *,
+        base_share: float = 0.0,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._is_wanted = is_wanted
         self._base = base
-        self._spool = spool
-        self._frames = frames
+        self._rows = UpdateRows(spool, frames, framing)
         self._strategy = strategy
         self._framing = framing
+        self._base_share = base_share
         self._writer = writer
         self._kernel = kernel
         self._weights = np.array(weights, np.float64)
@@ -197,6 +230,9 @@ class Fold:
         self._step = step
         self._statistics = statistics_spans(base.layout)
         self._block_elements = min(framing.num_elements, _BLOCK_ELEMENTS)
+        if strategy.replaces_mean:  # all rows at once: no more memory than groups of rows need
+            shortened = _BLOCK_ELEMENTS * (_GROUP_ROWS + 1) // len(frames)
+            self._block_elements = min(self._block_elements, max(_LEAST_BLOCK, shortened))
         self._groups = [
             (first, np.array([1.0, *weights[first : first + _GROUP_ROWS]]))
             for first in range(0, len(frames), _GROUP_ROWS)
@@ -216,7 +252,9 @@ class Fold:
         return sums
 
     def _fold_blocks(self, starts: Iterable[int]) -> list[_Squares]:
-        num_rows = 0 if self._kernel else min(len(self._frames), _GROUP_ROWS) + 1
+        num_rows = 0 if self._kernel else min(len(self._rows), _GROUP_ROWS) + 1
+        if self._strategy.replaces_mean:
+            num_rows = len(self._rows)
         rows = np.empty((num_rows, self._block_elements), np.float64)
         mean = np.empty(self._block_elements, np.float64)
         state = np.empty((self._state.num_vectors, self._block_elements), np.float32)
@@ -240,8 +278,8 @@ class Fold:
     ) -> _Squares:
         stop = min(start + self._block_elements, self._framing.num_elements)
         block = mean[: stop - start]
-        self._mean(start, rows[:, : stop - start], block)
         global_block = self._base.elements[start:stop]
+        self._centre(start, rows[:, : stop - start], global_block, block)
         statistics = within(self._statistics, start, stop)
         next_block = self._apply(start, global_block, block, state[:, : stop - start], statistics)
         sum_squares = self._settle(next_block, global_block, mean)
@@ -249,7 +287,7 @@ class Fold:
             what = "server state" if math.isfinite(sum_squares) else "next model"
             raise AggregationError(
                 f"elements {start} to {stop} of the {what} are not all finite, after {self._strategy!r} "
-                f"on {len(self._frames)} updates: nothing is stored; lower the server's or the agents' learning rate"
+                f"on {self._step.num_updates} updates: nothing is stored; lower the server's or the agents' learning rate"
             )
         self._writer.write(start, next_block)
         self._state.save(start, state[:, : stop - start])
@@ -291,7 +329,7 @@ class Fold:
         self, next_block: NDArray[np.float32], global_block: NDArray[np.float32], scratch: NDArray[np.float64]
     ) -> float:
         """Give zeros back their signs, and return the sum of `(next - global)^2`."""
-        keep_zeros = len(self._frames) > 1
+        keep_zeros = len(self._rows) > 1
         if self._kernel is not None:
             lanes = np.zeros(NUM_LANES)
             self._kernel.settle(next_block, global_block, keep_zeros, lanes)
@@ -300,42 +338,32 @@ class Fold:
             _restore_zero_signs(next_block, global_block)
         return float(np.add.reduce(_sums_of_squares(next_block, global_block, scratch)))
 
-    def _mean(self, start: int, rows: NDArray[np.float64], out: NDArray[np.float64]) -> None:
-        """The weighted mean of elements `start` to `start + len(out)` of the updates, into `out`."""
-        if len(self._frames) == 1:
-            self._load(self._frames, start, out[np.newaxis])  # at weight 1; a sum would lose the sign of a zero
+    def _centre(
+        self, start: int, rows: NDArray[np.float64], global_block: NDArray[np.float32], out: NDArray[np.float64]
+    ) -> None:
+        """The weighted mean of the updates' elements from `start` on, or what the strategy has in its place, into `out`."""
+        if self._strategy.replaces_mean:
+            self._rows.load(0, start, rows)
+            out[:] = self._strategy.centre(rows)
             return
-        if self._kernel is not None:
-            self._mean_compiled(self._kernel, start, out)
+        self._mean(start, rows, out)
+        if self._base_share:
+            np.add(out, np.multiply(global_block, self._base_share, dtype=np.float64), out=out)
+
+    def _mean(self, start: int, rows: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+        if len(self._rows) == 1 and self._weights[0] == 1:
+            self._rows.load(0, start, out[np.newaxis])  # a sum would lose the sign of a zero
+            return
+        if self._kernel is not None:  # all updates at once, from where they lie in the spool's map
+            for columns, elements, starts in self._rows.located(start, len(out)):
+                self._kernel.add_rows(elements, starts, self._weights, out[columns])
             return
         for group_start, weights in self._groups:
-            group = self._frames[group_start : group_start + _GROUP_ROWS]
-            self._load(group, start, rows[1 : len(group) + 1])
+            num_rows = len(weights) - 1
+            self._rows.load(group_start, start, rows[1 : num_rows + 1])
             skip = 1 if group_start == 0 else 0
             rows[0] = out
-            _add_rows(weights[skip:], rows[skip : len(group) + 1], out)
-
-    def _mean_compiled(self, kernel: Kernel, start: int, out: NDArray[np.float64]) -> None:
-        """The same, of all updates at once, from where they lie in the spool's map."""
-        for index, first, columns in self._pieces(start, len(out)):
-            elements, starts = self._spool.located(
-                [frames[index] for frames in self._frames], first, columns.stop - columns.start
-            )
-            kernel.add_rows(elements, np.array(starts, np.int64), self._weights, out[columns])
-
-    def _load(self, group: Sequence[Mapping[int, StoredFrame]], start: int, rows: NDArray[np.float64]) -> None:
-        """Fill `rows` with elements `start` to `start + n` of each update in `group`."""
-        for index, first, columns in self._pieces(start, rows.shape[1]):
-            self._spool.load_rows([frames[index] for frames in group], first, rows[:, columns])
-
-    def _pieces(self, start: int, num_elements: int) -> Iterator[tuple[int, int, slice]]:
-        """The frames that these elements lie in: index, first element within it, and where among these its elements are."""
-        done = 0
-        while done < num_elements:
-            index, first = divmod(start + done, self._framing.frame_elements)
-            stop = min(done + self._framing.frame_elements - first, num_elements)
-            yield index, first, slice(done, stop)
-            done = stop
+            _add_rows(weights[skip:], rows[skip : num_rows + 1], out)
 
 
 def _add_rows(weights: NDArray[np.float64], rows: NDArray[np.float64], out: NDArray[np.float64]) -> None:
@@ -367,9 +395,13 @@ def _sums_of_squares(
     return lanes
 
 
-def _check_cohort(ordered: Sequence[CountedUpdate]) -> None:
+def _check_cohort(ordered: Sequence[CountedUpdate], strategy: Strategy) -> None:
     if not ordered:
         raise AggregationError("no update is counted: expected at least one")
+    if len(ordered) < strategy.min_updates:
+        raise AggregationError(
+            f"{len(ordered)} updates are counted, and {strategy!r} needs at least {strategy.min_updates}: raise quorum"
+        )
     for one, other in itertools.pairwise(ordered):
         if one.agent_id == other.agent_id:
             raise AggregationError(f"two updates of {one.agent_id}: an agent counts at most once")
@@ -384,6 +416,21 @@ def _weights(ordered: Sequence[CountedUpdate], strategy: Strategy) -> list[float
             "expected none below 0, and a finite sum above 0"
         )
     return [weight / total for weight in weights]
+
+
+def _shares(rows: UpdateRows, weights: Sequence[float], strategy: Strategy, num_threads: int) -> Shares:
+    """What the strategy makes of the weights, once it has seen the updates as wholes."""
+    distances = rows.squared_distances(num_threads) if strategy.needs_distances else None
+    shares = strategy.shares(Cohort(tuple(weights), rows.norms(), distances))
+    least, total = min(shares.updates, default=0.0), math.fsum((*shares.updates, shares.base))
+    if len(shares.updates) != len(rows) or min(least, shares.base) < 0 or not abs(total - 1) < _ROUNDING:
+        raise AggregationError(
+            f"{strategy!r} gives {len(rows)} updates {len(shares.updates)} shares, which with the global model's add up to "
+            f"{total}, the least {min(least, shares.base)}: expected one for each, none below 0, and 1 in all"
+        )
+    if not any(shares.updates):
+        raise AggregationError(f"{strategy!r} leaves out all of {len(rows)} updates: expected it to keep one")
+    return shares
 
 
 def _largest_counters(ordered: Sequence[CountedUpdate], base: ModelFile) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ from midge.wire.frames import Framing, content_tag
 _log = logging.getLogger("coordinator")
 _STOP_S = 3.0
 """What is under way when all is to end has so long. An aggregation lets go at the next block."""
+_SHOWN = 5
+"""Agents that a line of the log names."""
 
 
 class Computed(msgspec.Struct, frozen=True):
@@ -191,6 +193,10 @@ class Compute:
             return error if survivable(error) else ev.AggregationBroke(f"the disk failed: {error}")
         except Exception as error:  # noqa: BLE001  a strategy may raise anything; the round is abandoned, the run decides
             return ev.AggregationBroke(f"{type(error).__name__}: {error}")
+        if made.held_back:
+            shown = ", ".join(made.held_back[:_SHOWN]) + (", ..." if len(made.held_back) > _SHOWN else "")
+            fields = {"run": self._run_id, "round": command.round_num, "num_updates": len(made.held_back)}
+            log_event(_log, logging.INFO, "updates held back", **fields, strategy=self._strategy.name, agents=shown)
         return ev.UpdatesAggregated(made.digest, made.delta_norm, made.server_state)
 
 

@@ -80,7 +80,8 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
         Meta(
             min_length=1,
             max_length=1000,
-            description="How updates become the next model: a name of docs/strategies.md, or yours as `package.module:object`.",
+            description="How updates become the next model: a name of docs/strategies.md, or yours as `package.module:object`. "
+            "Robust ones (median, trimmed-mean, krum, multi-krum) cost accuracy where agents' labels differ.",
         ),
     ] = "fedavg"
     strategy_options: Annotated[
@@ -97,6 +98,14 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
             extra={"default": "the strategy's own, 1 or 0.1"},
         ),
     ] = None
+    clip_to_median: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="A delta above this many times the round's median norm is shortened to it; at least 1, or 0: no bound.",
+        ),
+    ] = 0.0
     visit_order: Annotated[
         tuple[str, ...],
         Meta(
@@ -239,17 +248,28 @@ def strategy_of(settings: Settings) -> Strategy:
         StrategyError: there is none; `check` has said so of settings that were loaded.
     """
     weighting = None if settings.weighting == "examples" else settings.weighting  # which is every strategy's own
-    rate = settings.server_learning_rate
-    return make_strategy(settings.strategy, settings.strategy_options, server_learning_rate=rate, weighting=weighting)
+    return make_strategy(
+        settings.strategy,
+        settings.strategy_options,
+        server_learning_rate=settings.server_learning_rate,
+        weighting=weighting,
+        clip_to_median=settings.clip_to_median or None,
+    )
 
 
 def _check_strategy(settings: Settings) -> list[Problem]:
-    involved = ("strategy", "strategy_options", "weighting", "server_learning_rate")
+    involved = ("strategy", "strategy_options", "weighting", "server_learning_rate", "clip_to_median")
     try:
         strategy = strategy_of(settings)
     except StrategyError as error:
         return [Problem(error.key or "strategy_options", error.text if error.key else f"of {error.text}", involved)]
     found = []
+    if settings.needed_updates < strategy.min_updates:
+        text = (
+            f"is {settings.needed_updates}, and strategy {strategy.name} with its options needs {strategy.min_updates} updates "
+            "a round: raise quorum or min_agents"
+        )
+        found.append(Problem("quorum", text, ("min_agents", *involved)))
     if not strategy.in_turn:
         if settings.visit_order:
             found.append(
@@ -289,6 +309,8 @@ def run_definition(settings: Settings, base_digest: str = "") -> dict[str, Any]:
     definition["server_learning_rate"] = getattr(strategy, "server_learning_rate", None) or typed.server_learning_rate
     if options := options_of(strategy, typed.strategy_options):
         definition["strategy_options"] = options
+    if typed.clip_to_median:
+        definition["clip_to_median"] = typed.clip_to_median
     if typed.visit_order:
         definition["visit_order"] = list(typed.visit_order)
     if base_digest:

@@ -217,6 +217,8 @@ class Service:
             download=settings.download,
             base_digest=self._base_digest,
         )
+        if strategy.caution:
+            log_event(_log, logging.WARNING, "strategy has its price", strategy=strategy.name, caution=strategy.caution)
         self._run_spool.run_id = self._guard.run_id = run_id
         if resumed is not None:
             self._compute.framing = resumed.framing

@@ -4,6 +4,10 @@ A strategy sees one block of elements at a time, never a whole model, so that me
 blocks are folded in parallel. It is therefore elementwise: element i of the next model depends on element i alone, of the
 global model, of the mean and of the state.
 
+**Robust rules** need more than a mean. A strategy may have something else in its place, made of the same elements of all
+updates (`replaces_mean`, `centre`); and it may look at updates as wholes, at their norms and distances, to say how much each
+counts (`shares`).
+
 **State.** What a strategy remembers (a momentum, say) are float32 vectors of the model's length, one for each of its
 `state_names`. They belong to a version of the model: they are stored with it, and handed to the round that starts from it. A
 strategy itself remembers nothing, so a restart, a second attempt or another number of threads changes no bit.
@@ -14,6 +18,7 @@ docs/strategies.md shows how to write one; `coordinator.strategies.conformance` 
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +61,29 @@ class Step:
     num_examples: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """What is known of a round's updates as wholes, in the order of agent ids.
+
+    Attributes:
+        weights: of each; they add up to 1.
+        norms: L2 norm of each delta.
+        distances: float64[k, k], the squared L2 distance of each two updates; None unless the strategy `needs_distances`.
+    """
+
+    weights: tuple[float, ...]
+    norms: tuple[float, ...]
+    distances: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How much each update counts in the mean, and the global model beside them; at least 0 each, and 1 in all."""
+
+    updates: tuple[float, ...]
+    base: float = 0.0
+
+
 class Strategy(ABC):
     """How the updates of a round become the next model. Several threads use one at once: it must not change."""
 
@@ -66,6 +94,12 @@ class Strategy(ABC):
     averages_statistics: ClassVar[bool] = False
     """Whether running statistics of normalisation layers are plainly averaged, and no step is made of them: a variance that an
     optimiser moves may fall below zero."""
+    replaces_mean: ClassVar[bool] = False
+    """Whether `centre` stands in place of the weighted mean."""
+    needs_distances: ClassVar[bool] = False
+    """Whether `shares` looks at distances: then all updates are read once more."""
+    caution: ClassVar[str] = ""
+    """What an operator must know before using it; the log says it at the start of a run."""
 
     @property
     def name(self) -> str:
@@ -75,6 +109,26 @@ class Strategy(ABC):
     def weight(self, num_examples: int) -> float:
         """How much an update trained on so many examples weighs, relative to the others; at least 0."""
         return float(num_examples)
+
+    @property
+    def min_updates(self) -> int:
+        """The least updates that it can make a model of; a round that has fewer is abandoned."""
+        return 1
+
+    def shares(self, cohort: Cohort) -> Shares:
+        """How much each update counts, now that all are there: its weight, unless the strategy says otherwise."""
+        return Shares(cohort.weights)
+
+    def centre(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What stands in place of the mean, where `replaces_mean`: weights and shares do not count then.
+
+        Args:
+            rows: float64[k, n], the elements of each update, in the order of agent ids; it may be overwritten.
+
+        Returns:
+            float64[n]; element i depends on column i alone.
+        """
+        raise NotImplementedError(f"{self.name} replaces the mean, and has no centre")
 
     def initial_state(self) -> tuple[float, ...]:
         """What each vector of the state is filled with before the first round, in the order of `state_names`."""
@@ -113,6 +167,10 @@ class Averaging(Strategy):
         server_learning_rate: factor on the step, above 0.
         weighting: "examples", an update weighs as many examples as it was trained on; "uniform", all weigh the same; "sum",
             all weigh the same, and their deltas are added up, not averaged.
+        clip_to_median: a delta longer than this many times the median norm of the round's deltas is shortened to that; at
+            least 1, or 0 for no clipping. Norms are bounded so by Z. Sun, P. Kairouz, A. T. Suresh, H. B. McMahan: Can You
+            Really Backdoor Federated Learning?, 2019, https://arxiv.org/abs/1911.07963; that the bound follows the cohort
+            is ours.
 
     Raises:
         StrategyError: an option is out of its range.
@@ -120,9 +178,12 @@ class Averaging(Strategy):
 
     server_learning_rate: float = 1.0
     weighting: Weighting = "examples"
+    clip_to_median: float = 0.0
 
     def __post_init__(self) -> None:
         require(self, "server_learning_rate", above=0)
+        if self.clip_to_median != 0:
+            require(self, "clip_to_median", at_least=1)  # below, agents that all agree would be shortened
         if self.weighting not in get_args(Weighting):
             expected = "'examples', 'uniform' or 'sum'"
             raise StrategyError(f"{self.name}: weighting is {self.weighting!r}: expected {expected}")
@@ -130,6 +191,16 @@ class Averaging(Strategy):
     def weight(self, num_examples: int) -> float:
         """`num_examples`, or 1 where all weigh the same."""
         return float(num_examples) if self.weighting == "examples" else 1.0
+
+    def shares(self, cohort: Cohort) -> Shares:
+        """The weights; a delta that is clipped counts for less, and the global model for the rest."""
+        if not self.clip_to_median:
+            return Shares(cohort.weights)
+        bound = self.clip_to_median * statistics.median(cohort.norms)
+        factors = [1.0 if norm <= bound else bound / norm for norm in cohort.norms]
+        pairs = list(zip(cohort.weights, factors, strict=True))
+        clipped = tuple(weight * factor for weight, factor in pairs)
+        return Shares(clipped, math.fsum(weight * (1.0 - factor) for weight, factor in pairs))
 
     def delta(
         self, global_block: NDArray[np.float32], mean_block: NDArray[np.float64], step: Step
@@ -142,6 +213,18 @@ class Averaging(Strategy):
         if self.weighting == "sum":
             np.multiply(mean_block, step.num_updates, out=mean_block)
         return mean_block
+
+
+def require_whole(strategy: Strategy, option: str, *, at_least: int) -> None:
+    """Check that an option is a whole number of at least this; 2.0 is one.
+
+    Raises:
+        StrategyError: it is not; the message says what was expected.
+    """
+    value = getattr(strategy, option)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= at_least and value == value // 1:
+        return
+    raise StrategyError(f"{strategy.name}: {option} is {value!r}: expected a whole number of at least {at_least}")
 
 
 def require(

@@ -31,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregate import Aggregated, AggregationError, CountedUpdate, aggregate
+from coordinator.gates import delta_sum_squares
 from coordinator.models import ModelStore
 from coordinator.spool import RoundSpool
-from coordinator.strategies.base import Step, Strategy, StrategyError
+from coordinator.strategies.base import Cohort, Shares, Step, Strategy, StrategyError
 from coordinator.strategies.registry import SETTINGS, make_strategy
 from midge.wire.codecs import FLOAT32, encode_float32
 from midge.wire.frames import Framing, content_tag, encode_frame, plan_framing, run_tag
@@ -121,6 +122,12 @@ def _is_elementwise(make: Make) -> None:
         for name, seen, wanted in zip(("the next model", *make().state_names), joined, expected, strict=True):
             if seen.tobytes() != wanted.tobytes():
                 raise _BrokenError(f"Given {what}, {name} differs in {int((seen != wanted).sum())} elements.")
+    if make().replaces_mean:
+        rows = np.stack(_vectors(max(4, make().min_updates))).astype(np.float64)
+        centre = make().centre(rows.copy())
+        pieces = [make().centre(rows[:, part].copy()) for part in np.array_split(np.arange(_NUM_ELEMENTS), 9)]
+        if np.concatenate(pieces).tobytes() != centre.tobytes():
+            raise _BrokenError("Given in nine blocks, what stands in place of the mean differs.")
 
 
 def _repeats(make: Make) -> None:
@@ -242,14 +249,19 @@ class _Bench:
         num_threads: int = 1,
         backwards: bool = False,
     ) -> Aggregated:
-        """One round of agents that come to these vectors; the first with one example, the second with two, and so on."""
+        """One round of agents that come to these vectors; the first with one example, the second with two, and so on.
+
+        Where that are too few for the strategy, more agents come to the same ones.
+        """
         spool = RoundSpool(self.directory / f"{next(self.rounds)}.spool")
-        arriving = list(enumerate(vectors, start=1))
-        updates = [
-            self._receive(spool, number, vector) for number, vector in (arriving[::-1] if backwards else arriving)
-        ]
+        enough = itertools.islice(itertools.cycle(vectors), max(len(vectors), strategy.min_updates))
+        arriving = list(enumerate(enough, start=1))
         try:
             with self.models.open(base or self.base_digest) as model:
+                updates = [
+                    self._receive(spool, number, vector, model.elements)
+                    for number, vector in (arriving[::-1] if backwards else arriving)
+                ]
                 return aggregate(
                     model,
                     spool,
@@ -264,8 +276,8 @@ class _Bench:
         finally:
             spool.close()
 
-    def _receive(self, spool: RoundSpool, number: int, vector: Vector) -> CountedUpdate:
-        agent_id, tag = f"agent-{number}", content_tag(hashlib.sha256(vector.tobytes()).hexdigest())
+    def _receive(self, spool: RoundSpool, number: int, vector: Vector, base: Vector) -> CountedUpdate:
+        agent_id, tag = f"agent-{number:03}", content_tag(hashlib.sha256(vector.tobytes()).hexdigest())
         for index in range(self.framing.num_frames):
             start, stop = self.framing.span(index)
             frame = encode_frame(
@@ -277,7 +289,7 @@ class _Bench:
                 content_tag=tag,
                 body=encode_float32(vector[start:stop]),
             )
-            spool.append(agent_id, frame, bytes(32), 0.0)
+            spool.append(agent_id, frame, bytes(32), delta_sum_squares(vector[start:stop], base[start:stop]))
         return CountedUpdate(agent_id, tag, number)
 
     def elements(self, made: Aggregated) -> Vector:
@@ -308,6 +320,18 @@ class _Heavier(Strategy):
         self._other = other
         self.state_names = other.state_names  # type: ignore[misc]
         self.averages_statistics = other.averages_statistics  # type: ignore[misc]
+        self.replaces_mean = other.replaces_mean  # type: ignore[misc]
+        self.needs_distances = other.needs_distances  # type: ignore[misc]
+
+    @property
+    def min_updates(self) -> int:
+        return self._other.min_updates
+
+    def shares(self, cohort: Cohort) -> Shares:
+        return self._other.shares(cohort)
+
+    def centre(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self._other.centre(rows)
 
     def weight(self, num_examples: int) -> float:
         return 1024.0 * self._other.weight(num_examples)

@@ -30,13 +30,14 @@ from coordinator.strategies.base import Strategy, StrategyError
 from coordinator.strategies.cyclic import Cyclic
 from coordinator.strategies.fedavg import FedAvg, FedProx
 from coordinator.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from coordinator.strategies.robust import Krum, Median, MultiKrum, TrimmedMean
 
 Scalar = bool | int | float | str
 
 STRATEGIES: dict[str, type[Strategy]] = {
     kind.__name__.lower(): kind for kind in (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi, Cyclic)
-}
-SETTINGS = ("server_learning_rate", "weighting")
+} | {"median": Median, "trimmed-mean": TrimmedMean, "krum": Krum, "multi-krum": MultiKrum}
+SETTINGS = ("server_learning_rate", "weighting", "clip_to_median")
 """Options of strategies that are settings of their own."""
 
 _REFERENCE = re.compile(r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|.*\.py):[A-Za-z_]\w*")
@@ -83,6 +84,7 @@ def make_strategy(
     *,
     server_learning_rate: float | None = None,
     weighting: str | None = None,
+    clip_to_median: float | None = None,
 ) -> Strategy:
     """The strategy of this name.
 
@@ -91,6 +93,7 @@ def make_strategy(
         options: its own, as its class documents them.
         server_learning_rate: None for the strategy's own.
         weighting: None for the strategy's own.
+        clip_to_median: None for the strategy's own, which is not to clip.
 
     Raises:
         StrategyError: there is none of this name, or it has no such option, or an option is out of its range.
@@ -107,7 +110,7 @@ def make_strategy(
             text = f"has {option!r}: {name} has no such option.{_nearest(option, known)} {legal}"
             raise StrategyError(text, "strategy_options")
         given[option] = value
-    for setting, choice in zip(SETTINGS, (server_learning_rate, weighting), strict=True):
+    for setting, choice in zip(SETTINGS, (server_learning_rate, weighting, clip_to_median), strict=True):
         if choice is None:
             continue
         if setting not in known:

@@ -48,6 +48,15 @@ class Normalises(FedAvg):
         return (global_block + delta / (1 + np.sqrt((delta * delta).sum()))).astype(np.float32)
 
 
+class Ranks(FedAvg):
+    """In place of the mean it takes the update whose elements in the block add up to the least."""
+
+    replaces_mean: ClassVar[bool] = True
+
+    def centre(self, rows: Block) -> Block:
+        return rows[rows.sum(axis=1).argmin()]
+
+
 class Ascends(FedAvg):
     """It takes the delta for a gradient, and subtracts it."""
 
@@ -107,6 +116,7 @@ def not_a_strategy() -> int:
 WRONG = {
     Remembers: "The same updates and the same state give the same bits",
     Normalises: "An element of the next model and of the state depends on no other element",
+    Ranks: "An element of the next model and of the state depends on no other element",
     Ascends: "no element moves away from what they agree on",
     Doubles: "`apply` gives a new float32 array of the block's length",
     Overwrites: "`apply` gives a new float32 array of the block's length, and leaves the global model alone",

@@ -29,6 +29,11 @@ def test_they_conform_with_other_weights_and_rates_too(name, weighting):
     check_strategy(functools.partial(make_strategy, name, server_learning_rate=0.3, weighting=weighting))
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fedadam"])
+def test_they_conform_when_they_clip_too(name):
+    check_strategy(functools.partial(make_strategy, name, clip_to_median=1.0001))
+
+
 def test_a_users_strategy_conforms():
     check_strategy(Clipped)
 
@@ -46,7 +51,7 @@ def test_the_example_of_the_page_conforms(tmp_path, monkeypatch):
 def test_the_page_has_every_strategy_with_its_options_and_defaults():
     page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
     table = page.partition("## Which one")[2].partition("\n\n*")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| .*? \| (.*?) \|", table, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| .*? \| (.*?) \|", table, re.MULTILINE))
     del rows["strategy"]  # the head of the table
     assert list(rows) == list(STRATEGIES)
     for name, words in rows.items():

@@ -28,13 +28,15 @@ DEFINING = {
     "server_learning_rate": 0.5,
     "norm_bound": 1.0,
     "strategy": "fedprox",
+    "clip_to_median": 2.0,
     "visit_order": ("bob", "alice"),
 }
-SILENT = {"strategy_options", "visit_order"}
+SILENT = {"strategy_options", "visit_order", "clip_to_median"}
 """Defining fields that are left out of a definition where they say nothing."""
 UNKNOWN_STRATEGY = (
     "--set strategy: strategy is 'fedadm': not known. Did you mean 'fedadam'? Known are cyclic, fedadagrad, fedadam, fedavg, "
-    "fedavgm, fedprox, fedyogi; yours is named as package.module:object or path/to/file.py:object"
+    "fedavgm, fedprox, fedyogi, krum, median, multi-krum, trimmed-mean; yours "
+    "is named as package.module:object or path/to/file.py:object"
 )
 UNKNOWN_OPTION = (
     "--set strategy_options: strategy_options has 'beta_1': fedadam has no such option. Did you mean 'beta1'? "
