@@ -195,8 +195,16 @@ class Compute:
             return ev.AggregationBroke(f"{type(error).__name__}: {error}")
         if made.held_back:
             shown = ", ".join(made.held_back[:_SHOWN]) + (", ..." if len(made.held_back) > _SHOWN else "")
-            fields = {"run": self._run_id, "round": command.round_num, "num_updates": len(made.held_back)}
-            log_event(_log, logging.INFO, "updates held back", **fields, strategy=self._strategy.name, agents=shown)
+            log_event(
+                _log,
+                logging.INFO,
+                "updates held back",
+                run=self._run_id,
+                round=command.round_num,
+                num_updates=len(made.held_back),
+                strategy=self._strategy.name,
+                agents=shown,
+            )
         return ev.UpdatesAggregated(made.digest, made.delta_norm, made.server_state)
 
 
