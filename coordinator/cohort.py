@@ -16,7 +16,8 @@ from midge import PROTOCOL
 from midge.wire.messages import Presence
 
 MAX_AGENTS = 100_000
-"""Above this, an agent that was never heard of is not remembered: a flood of invented ids must not fill the memory."""
+"""Agents that are remembered. A new one takes the place of the one that has been gone longest; where all are here, it is not
+remembered: neither years of agents that come and go nor a flood of invented ids may fill the memory."""
 
 
 class AgentState(enum.StrEnum):
@@ -69,6 +70,13 @@ class Fleet:
 
     def __init__(self) -> None:
         self.agents: dict[str, Agent] = {}
+        self._num_in = dict.fromkeys(AgentState, 0)
+        self._gone: dict[str, None] = {}
+        """Who is OFFLINE, in the order in which they left."""
+        self._asked: tuple[str, dict[str, str]] = ("", {})
+        self._fit: set[str] = set()
+        """Who could take part in the run that was asked about last: kept, since a herd of n would else cost n * n."""
+        self._available: frozenset[str] | None = frozenset()
 
     def hear(self, agent_id: str, presence: Presence, *, retained: bool) -> Change | None:
         """Take a presence message; `retained` is true where the broker sent it because we subscribed."""
@@ -76,17 +84,19 @@ class Fleet:
         if not presence.online:
             return self._left(agent, presence)
         if agent is None:
-            if len(self.agents) >= MAX_AGENTS:
+            if not self._make_room():
                 return None
             state = AgentState.SILENT if retained else AgentState.ONLINE
             self.agents[agent_id] = Agent(agent_id, state, presence)
+            self._num_in[state] += 1
+            self._judge(self.agents[agent_id])
             return None if retained else Change.CAME
         restarted = agent.presence.incarnation != presence.incarnation
         was_online = agent.state is AgentState.ONLINE
         if retained and not restarted:
             return None
         agent.presence = presence
-        agent.state = AgentState.SILENT if retained else AgentState.ONLINE
+        self._move(agent, AgentState.SILENT if retained else AgentState.ONLINE)
         if retained:
             return Change.LEFT if was_online else None
         if was_online:
@@ -97,11 +107,17 @@ class Fleet:
         """Our connection broke: nobody is known to be here until heard again."""
         for agent in self.agents.values():
             if agent.state is AgentState.ONLINE:
-                agent.state = AgentState.SILENT
+                self._move(agent, AgentState.SILENT)
 
     def available(self, task: str, labels: Mapping[str, str]) -> frozenset[str]:
         """The agents that could take part in a run of `task` now."""
-        return frozenset(agent_id for agent_id, agent in self.agents.items() if not agent.problem(task, labels))
+        if (task, labels) != self._asked:
+            self._asked = task, dict(labels)
+            self._fit = {agent_id for agent_id, agent in self.agents.items() if not agent.problem(task, labels)}
+            self._available = None
+        if self._available is None:
+            self._available = frozenset(self._fit)
+        return self._available
 
     def misfits(self, task: str) -> dict[str, str]:
         """Why agents that are here can take no part in a run of `task`, by agent, in order of their ids."""
@@ -110,10 +126,7 @@ class Fleet:
 
     def count(self) -> dict[AgentState, int]:
         """How many agents are in each state."""
-        counts = dict.fromkeys(AgentState, 0)
-        for agent in self.agents.values():
-            counts[agent.state] += 1
-        return counts
+        return self._num_in.copy()
 
     def packet_limit_bytes(self) -> int | None:
         """The smallest packet limit that any agent announced; None where none did."""
@@ -125,5 +138,34 @@ class Fleet:
             return None
         if agent.presence.incarnation != presence.incarnation:
             return None  # the will of an earlier start, late: a takeover of the connection fires it
-        agent.state = AgentState.OFFLINE
+        self._move(agent, AgentState.OFFLINE)
         return Change.LEFT
+
+    def _move(self, agent: Agent, state: AgentState) -> None:
+        """The agent is in this state now."""
+        self._num_in[agent.state] -= 1
+        self._num_in[state] += 1
+        agent.state = state
+        self._judge(agent)
+        if state is AgentState.OFFLINE:
+            self._gone[agent.agent_id] = None
+        else:
+            self._gone.pop(agent.agent_id, None)
+
+    def _judge(self, agent: Agent) -> None:
+        """Look again at whether this agent could take part."""
+        fits = not agent.problem(*self._asked)
+        if fits != (agent.agent_id in self._fit):
+            (self._fit.add if fits else self._fit.discard)(agent.agent_id)
+            self._available = None
+
+    def _make_room(self) -> bool:
+        """Forget the agent that has been gone longest where there is no room for another; whether there is room now."""
+        if len(self.agents) >= MAX_AGENTS:
+            longest = next(iter(self._gone), None)
+            if longest is None:
+                return False
+            del self._gone[longest]
+            del self.agents[longest]
+            self._num_in[AgentState.OFFLINE] -= 1
+        return True

@@ -153,7 +153,7 @@ class Compute:
         self._line.add(lambda: _logging_errors(work))
 
     def stop(self, timeout_s: float = _STOP_S) -> None:
-        """End it all; what is under way gives up at its next step, or is left to itself after `timeout_s`."""
+        """End it all: an aggregation gives up at its next block, what was to be done later is done now, for so long."""
         self._generation += 1
         self._evaluator.stop()
         if not self._line.stop(timeout_s):
@@ -212,7 +212,7 @@ class _Line:
     """Does one thing after the other, on a thread that does not keep the process from ending."""
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="aggregate", daemon=True)
         self._thread.start()
@@ -222,17 +222,15 @@ class _Line:
         self._work.put(work)
 
     def stop(self, timeout_s: float) -> bool:
-        """Begin nothing more; whether what was under way ended in time."""
-        self._is_over = True
-        self._work.put(lambda: None)
+        """Do what was asked for before; whether that was done in time. What is not begun by then is not begun."""
+        self._work.put(None)
         self._thread.join(timeout_s)
+        self._is_over = True
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._is_over:
-            work = self._work.get()
-            if not self._is_over:
-                work()
+        while (work := self._work.get()) is not None and not self._is_over:
+            work()
 
 
 def _logging_errors(work: Callable[[], None]) -> None:

@@ -182,6 +182,8 @@ class Driver:
         self._scratch = np.empty(0, np.float64)
         self._later: list[ev.Save] = []
         self._save_at = math.inf
+        self._status_is_due = False
+        """Whether what is retained as our presence is not ours any more."""
         self._told: Counter[tuple[str, str]] = Counter()
         """The run's tallies as the observer knows them."""
 
@@ -248,6 +250,8 @@ class Driver:
         Raises:
             OSError: the disk is full or fails; nothing was sent that depends on what could not be stored: `park`.
         """
+        if self._status_is_due:
+            self._publish_status(online=True)
         while True:
             if self.run is not None:
                 self._take(self.run.end_turn())
@@ -350,8 +354,10 @@ class Driver:
                 self._observer.traffic("in", "presence", len(event.payload))
                 if event.payload:
                     self._on_presence(agent_id, decode(event.payload, Presence), now, retained=event.retained)
-            case CoordinatorTopic() if event.payload:
-                self._on_coordinator(decode(event.payload, CoordinatorStatus), retained=event.retained)
+            case CoordinatorTopic():
+                self._status_is_due = True  # unless it turns out to be right as it is, or is published anyway
+                if event.payload:
+                    self._on_coordinator(decode(event.payload, CoordinatorStatus), retained=event.retained)
             case _:
                 pass
 
@@ -364,6 +370,10 @@ class Driver:
             if verdict is Verdict.STALE:
                 self._observer.note(ev.MessageStale("update"))
             self.step(ev.FrameDropped(agent_id, verdict), now)
+            if verdict is Verdict.MALFORMED:
+                raise FrameError(
+                    f"frame {frame.index} of {frame.num_elements} elements from {agent_id} on topic {index}"
+                )
             return
         facts = self._facts(frame)
         self._spool.store(frame.round_num, agent_id, payload, frame, facts)
@@ -393,7 +403,8 @@ class Driver:
             self.step(ev.MessageCame(agent_id, message), now)
             return
         stored: Mapping[int, FrameFacts] = {}
-        if run is not None and (message.run_id, message.round_num) == (run.config.run_id, run.current_round):
+        is_open = run is not None and run.attempt is not None  # else no segment of the spool is to be made for it
+        if run is not None and is_open and address_of(message)[::2] == (run.config.run_id, run.current_round):
             stored = self._spool.stored(message.round_num, agent_id, content_tag(message.update_digest))
         self.step(ev.UpdateOffered(agent_id, message, stored), now)
 
@@ -419,15 +430,17 @@ class Driver:
         A retained one that is there as we connect for the first time is of somebody who started before us, if not a ghost. One
         with a higher epoch that is there as we connect again is of somebody who started while we were cut off.
         """
-        if status.instance == self._instance:
+        if status.epoch < self.epoch or (status.epoch == self.epoch and status.instance == self._instance):
+            # Ours, or of an older one that is live and will find out itself. But the will of an earlier one, or of an earlier
+            # connection of ours, says that there is none.
+            self._status_is_due = not status.online
             return
         if status.epoch >= self.epoch + MAX_EPOCH_JUMP:
-            self._publish_status(online=True)  # over it: an agent that believed it would listen to nobody else
             raise MessageError(
                 f"a coordinator's presence of epoch {status.epoch}: expected one near our own {self.epoch}"
             )
-        is_newer = status.epoch > self.epoch and self._num_connections > 1 if retained else status.epoch >= self.epoch
-        if status.online and is_newer:
+        is_newer = not retained or (status.epoch > self.epoch and self._num_connections > 1)
+        if status.online and is_newer and status.instance != self._instance:
             raise SupersededError(
                 f"another coordinator of federation {self.topics.federation} started (epoch {status.epoch}, this one has "
                 f"{self.epoch}); give each its own federation, or stop the other"
@@ -489,6 +502,7 @@ class Driver:
             log_event(_log, logging.ERROR, "message not sent", error=error)
 
     def _publish_status(self, *, online: bool) -> None:
+        self._status_is_due = False
         payload = presence_payload(self.epoch, self._instance, online=online)
         self._publish(self.topics.coordinator, payload, "presence", retain=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from coordinator.metrics import Metrics
 from coordinator.round import MemberState
 from coordinator.tracking import Tracking
 from coordinator.waits import Wait
-from midge.log import log_event
+from midge.log import Throttle, log_event
 from midge.transport.base import Connected, Disconnected
 
 _log = logging.getLogger("coordinator")
@@ -33,6 +33,8 @@ _RUN_STATES = {
 }
 _TELL_AFTER_S = 10.0
 """A wait that lasts so long is in the log, and again each time that it has become three times as long."""
+_MAX_GONE = 1000
+"""Agents that are gone and still shown, the last that left."""
 _AFTER_ACCEPTANCE = (MemberState.ACCEPTED, MemberState.REPORTED, MemberState.REJECTED)
 
 
@@ -42,14 +44,17 @@ class Watch:
     Args:
         metrics: what Prometheus sees.
         shared: the board.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, metrics: Metrics, shared: Shared) -> None:
+    def __init__(self, metrics: Metrics, shared: Shared, clock: Callable[[], float] = time.monotonic) -> None:
         self.run_id = ""
         self.target = 0
         self.quorum = 0
         self._metrics = metrics
         self._shared = shared
+        self._clock = clock
+        self._refusals_logged, self._rejections_logged = Throttle(), Throttle()
         self._fleet = Fleet()
         self._misfits: dict[str, str] = {}
         self._wait_key: tuple[str, int, int] | None = None
@@ -59,6 +64,8 @@ class Watch:
         self._incarnations: dict[str, tuple[str, str]] = {}
         """Of each agent, the one before the current one and the current one."""
         self._twins: set[str] = set()
+        self._gone: dict[str, None] = {}
+        """Agents that are shown as gone, in the order in which they left."""
         self.tracking: Tracking | None = None
         """What experiment trackers are told; None where there is none."""
 
@@ -91,7 +98,7 @@ class Watch:
         """See `Observer.refused`."""
         known = {"presence": "presence", "update": "update"}.get(kind, "control")
         self._metrics.invalid_message(cast("Any", known))
-        log_event(_log, logging.WARNING, "message refused", kind=kind, error=error)
+        self._refusals_logged.log(_log, logging.WARNING, "message refused", self._clock(), kind=kind, error=error)
 
     def broker(self, event: Connected | Disconnected) -> None:
         """See `Observer.broker`."""
@@ -100,8 +107,10 @@ class Watch:
         with self._shared.lock:
             self._shared.board.is_connected = is_up
             self._shared.board.broker_problem = "" if isinstance(event, Connected) else event.reason
-            for agent in self._fleet.agents.values():
-                self._agent(agent.agent_id).presence = agent.state  # without a connection none is known to be here
+            for view in self._shared.board.agents.values():
+                agent = self._fleet.agents.get(view.agent_id)
+                if agent is not None:
+                    view.presence = agent.state  # without a connection none is known to be here
         self._count_agents()
         if isinstance(event, Connected):
             log_event(_log, logging.INFO, "broker connected", mqtt=event.version)
@@ -120,8 +129,10 @@ class Watch:
             if agent.state is AgentState.OFFLINE:
                 view.activity = "offline"
                 self._metrics.forget_agent(agent_id)
+                self._forget_gone(agent_id)
             elif view.activity == "offline":
                 view.activity = "idle"
+                self._gone.pop(agent_id, None)
             if change in (Change.CAME, Change.RESTARTED):
                 view.detail = self._twin(agent) or self._judge(agent)
         if change is not None:
@@ -144,6 +155,15 @@ class Watch:
             hint = "give each its own, or end one"
             log_event(_log, logging.ERROR, "two processes use one agent id", agent=agent_id, hint=hint)
         return "two processes use this agent id in turn: give each its own, or end one"
+
+    def _forget_gone(self, agent_id: str) -> None:
+        """This one has left too: a screen shows the last that did, and not all that ever were there."""
+        self._gone[agent_id] = None
+        while len(self._gone) > _MAX_GONE:
+            longest = next(iter(self._gone))
+            del self._gone[longest]
+            self._shared.board.agents.pop(longest, None)
+            self._misfits.pop(longest, None)
 
     def _judge(self, agent: Agent) -> str:
         """Why an agent that is here can take no part in the run; the log has it once for each reason."""
@@ -273,16 +293,20 @@ class Watch:
 
     def _update_settled(self, agent_id: str, outcome: str, reason: str, detail: str) -> None:
         self._metrics.update(self.run_id, cast("Any", outcome), reason or None)
-        if outcome in ("accepted", "rejected"):
+        board = self._shared.board
+        # A stranger that offers an update gets no line on the screen: it could invent another name with each.
+        is_stranger = reason == "identity" and agent_id not in board.agents
+        if outcome in ("accepted", "rejected") and not is_stranger:
             view = self._agent(agent_id)
             view.activity, view.fraction, view.detail = outcome, 1.0, _printable(detail)
         if outcome == "rejected":
-            log_event(
+            self._rejections_logged.log(
                 _log,
                 logging.WARNING,
                 "update rejected",
+                self._clock(),
                 run=self.run_id,
-                round=self._shared.board.round_num,
+                round=board.round_num,
                 agent=agent_id,
                 reason=reason,
                 detail=detail,

@@ -415,6 +415,9 @@ class Run:
         elif self._connected:  # maybe it failed for want of an agent whose birth was lost
             self._roll_call_at = self.now + _ROLL_CALL_EVERY_S
             commands.append(ev.CallRoll())
+            if self._published and self.version is not None:
+                # Or since the broker lost a part of the model, or somebody put something else in its place.
+                commands.append(ev.PublishModel(self.version.round_num, self.version.digest))
         self._pause_until = self.now + min(_FIRST_PAUSE_S * 2.0 ** (self._num_attempts - 1), _LONGEST_PAUSE_S)
         return commands
 
@@ -575,7 +578,8 @@ class Run:
 
     def _available(self) -> frozenset[str]:
         available = self.fleet.available(self.config.task, self.config.labels)
-        return available.intersection(self.config.round.visit_order or available)
+        order = self.config.round.visit_order
+        return available.intersection(order) if order else available
 
     def _roll_call_due_at(self) -> float:
         """When to call the roll: soon where agents are wanted, else now and then, since a birth may have been lost."""

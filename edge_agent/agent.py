@@ -237,7 +237,7 @@ class Agent:
 
     def _on_coordinator(self, event: ev.CoordinatorSeen) -> list[ev.Command]:
         status = event.status
-        if status.epoch < self.epoch and not (status.online and status.epoch + MAX_EPOCH_JUMP <= self.epoch):
+        if self._is_older_epoch(status.epoch):
             return [ev.Stale("presence of an older coordinator")]
         came_back = status.online and self._coordinator_is_away
         self._coordinator_is_away = not status.online
@@ -258,13 +258,21 @@ class Agent:
             self._misfit = f"{theirs}, {ours}: install the same Midge on both"
         return [ev.ProtocolDiffers(self._misfit)] if self._misfit not in ("", before) else []
 
+    def _is_older_epoch(self, epoch: int) -> bool:
+        """Whether it is of a coordinator that another one has taken over from.
+
+        A coordinator goes above whatever epoch an agent has seen, but not above one beyond all measure: an agent that kept to
+        such a one would be lost to the federation.
+        """
+        return epoch < self.epoch < epoch + MAX_EPOCH_JUMP
+
     def _can_upload(self) -> bool:
         return self._connected and not self._coordinator_is_away  # where nobody has said so, it is worth asking
 
     # Invitations.
 
     def _on_invited(self, invitation: Invitation, objection: ev.Objection | None) -> list[ev.Command]:
-        if invitation.epoch < self.epoch:
+        if self._is_older_epoch(invitation.epoch):
             return [ev.Stale("invitation of an older epoch")]
         if _is_older(invitation, self._newest):
             return [ev.Stale("invitation of an older attempt")]

@@ -17,7 +17,7 @@ from edge_agent.agent import Agent
 from edge_agent.journal import JournalLike
 from edge_agent.trainer import TrainerLike
 from midge.failpoints import fail_point
-from midge.log import log_event
+from midge.log import Throttle, log_event
 from midge.transport.base import (
     Connected,
     Disconnected,
@@ -27,7 +27,7 @@ from midge.transport.base import (
     Transport,
     TransportEvent,
 )
-from midge.wire.errors import TopicError, WireError
+from midge.wire.errors import FrameError, TopicError, WireError
 from midge.wire.frames import ELEMENT_BYTES, FLOAT32, decode_frame
 from midge.wire.messages import (
     CoordinatorStatus,
@@ -78,6 +78,9 @@ class Driver:
         self.agent_id = agent_id
         self.agent = agent
         self.num_invalid = 0
+        self.num_bytes_in = 0
+        self.num_bytes_out = 0
+        self._refusals_logged = Throttle()
         self._topics = topics
         self._transport = transport
         self._journal = journal
@@ -94,13 +97,14 @@ class Driver:
         """Take an event of the connection. Never raises for what a peer sent."""
         match event:
             case MessageReceived():
+                self.num_bytes_in += len(event.payload)
                 try:
                     self._on_message(event, now)
                 except WireError as error:
                     self.num_invalid += 1
                     # Topics of others come where our session at the broker is older than our federation: no news for anybody.
                     level = logging.DEBUG if isinstance(error, TopicError) else logging.WARNING
-                    log_event(_log, level, "message refused", topic=event.topic, error=error)
+                    self._refusals_logged.log(_log, level, "message refused", now, topic=event.topic, error=error)
             case Connected(version, packet_limit_bytes):
                 self._packet_limit_bytes = packet_limit_bytes or 0
                 self._said_too_large = False
@@ -173,14 +177,15 @@ class Driver:
         if frame.index != index or not self.agent.wants_frame(run_id, frame.index, frame.content_tag):
             return  # of the version before, left in its slot, or double: the awaited one replaces it
         head = self.agent.head
-        if head is None or frame.codec != FLOAT32 or frame.num_elements * ELEMENT_BYTES != len(frame.body):
-            return
+        assert head is not None, "a frame is wanted of a model that nothing is known of"
+        if frame.codec != FLOAT32 or frame.num_elements * ELEMENT_BYTES != len(frame.body):
+            seen = f"{frame.num_elements} elements in {len(frame.body)} bytes of codec {frame.codec}"
+            raise FrameError(f"frame {index} of the model, {seen}: expected float32 (codec {FLOAT32})")
         try:
             self._journal.write_frame(head, index, frame.body)
             fail_point("agent.frame.fetched")
         except ValueError as error:
-            log_event(_log, logging.WARNING, "frame refused", agent=self.agent_id, error=error)
-            return
+            raise FrameError(str(error)) from None
         except OSError as error:
             self.step(self._disk_failed(error), now)
             return
@@ -234,7 +239,8 @@ class Driver:
 
     def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         try:
-            self._transport.publish(topic, payload, qos=qos, retain=retain)
+            if self._transport.publish(topic, payload, qos=qos, retain=retain):
+                self.num_bytes_out += len(payload)
         except (
             PacketTooLargeError
         ) as error:  # said once for each connection: many frames are of one size, and tried again

@@ -73,6 +73,9 @@ class AgentMetrics:
         self._traffic = counter(
             "midge_agent_traffic_bytes_total", "Bytes in its messages.", (*own, "direction"), registry=registry
         )
+        self._invalid = counter(
+            "midge_agent_messages_invalid_total", "Messages that broke the protocol.", own, registry=registry
+        )
         self._begin()
 
     def state(self, state: AgentState) -> None:
@@ -96,6 +99,10 @@ class AgentMetrics:
     def message(self, direction: Direction, size_bytes: int) -> None:
         """A message came `in` or went `out`; `size_bytes` is its payload's size."""
         self._traffic.labels(*self._labels, direction).inc(size_bytes)
+
+    def invalid_messages(self, number: int) -> None:
+        """So many messages came that broke the protocol, and were dropped."""
+        self._invalid.labels(*self._labels).inc(number)
 
     def serve(self, port: int, host: str = "127.0.0.1") -> int:
         """Serve `/metrics` from a thread until `close`.
@@ -132,6 +139,7 @@ class AgentMetrics:
         self.state("OFFLINE")
         self.connected(is_connected=False)
         self._training.labels(*self._labels)
+        self._invalid.labels(*self._labels)
         for outcome in get_args(RoundOutcome):
             self._rounds.labels(*self._labels, outcome)
         for direction in get_args(Direction):

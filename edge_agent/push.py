@@ -11,6 +11,8 @@ import math
 import random
 from collections.abc import Sequence
 
+MAX_CREDIT = 256
+"""Frames that are sent at once at most, whatever credit comes: they wait in memory. A coordinator gives no more in all."""
 _FIRST_PATIENCE_S = 2.0
 _LONGEST_PATIENCE_S = 30.0
 
@@ -27,7 +29,7 @@ class Push:
 
     def __init__(self, num_frames: int, credit: int, rng: random.Random, now: float) -> None:
         self.num_frames = num_frames
-        self.credit = credit
+        self.credit = min(credit, MAX_CREDIT)
         self._missing: list[tuple[int, int]] = [(0, num_frames)]
         self._outstanding: set[int] = set()
         self._sent_up_to = 0
@@ -61,7 +63,7 @@ class Push:
 
     def acknowledge(self, missing: Sequence[tuple[int, int]], credit: int, now: float) -> None:
         """The coordinator lacks these ranges."""
-        self.credit = credit
+        self.credit = min(credit, MAX_CREDIT)
         self._missing = [(max(0, start), min(stop, self.num_frames)) for start, stop in missing]
         if self._asking:
             self._asking = False

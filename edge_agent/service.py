@@ -98,6 +98,7 @@ class Service:
             idle_s=settings.worker_idle_s,
         )
         self._metrics = _metrics(settings)
+        self._measured = (0, 0, 0)
         self._driver = Driver(
             settings.agent_id,
             topics,
@@ -156,6 +157,7 @@ class Service:
         now = time.monotonic()
         self._trainer.tick(now)
         self._driver.step(ev.TimePassed(), now)
+        self._measure()
         if not self._transport.is_alive:
             raise NetworkThreadError(f"agent {self.settings.agent_id}: the network thread died: start it again")
         return True
@@ -168,6 +170,8 @@ class Service:
         result = self._trainer.handle(event, now)
         if isinstance(result, ev.TrainingFinished):
             self._journal.forget_update_file()
+            if self._metrics is not None:
+                self._metrics.trained(result.update.training_s)
         if result is not None:
             self._driver.step(result, now)
 
@@ -186,6 +190,17 @@ class Service:
                 self._metrics.round_ended(cast("Any", outcome))
             case _:
                 pass
+
+    def _measure(self) -> None:
+        """Once a turn: what came and went in it."""
+        if self._metrics is None:
+            return
+        before, driver = self._measured, self._driver
+        self._measured = now = (driver.num_invalid, driver.num_bytes_in, driver.num_bytes_out)
+        num_invalid, bytes_in, bytes_out = (count - earlier for count, earlier in zip(now, before, strict=True))
+        self._metrics.invalid_messages(num_invalid)
+        self._metrics.message("in", bytes_in)
+        self._metrics.message("out", bytes_out)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.stop()

@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 MAX_VALUE_LENGTH = 2000
 """Characters of a field that are logged; a traceback is not cut."""
@@ -91,6 +91,31 @@ def log_event(
         exc_info = next((value for value in fields.values() if isinstance(value, BaseException)), None)
     # The phrase is an argument, so that a % in it stays one.
     logger.log(level, "%s", event, exc_info=exc_info, extra={"midge_fields": fields}, stacklevel=2)
+
+
+class Throttle:
+    """Logs what a peer can bring about at will: at most `burst` times at once, and `burst` times a minute in the long run.
+
+    A line after some that were held back says how many, as `held_back`.
+    """
+
+    def __init__(self, burst: int = 30) -> None:
+        self._burst = burst
+        self._room = float(burst)
+        self._filled_at = -math.inf
+        self._held_back = 0
+
+    def log(self, logger: logging.Logger, level: int, event: str, now: float, /, **fields: object) -> None:
+        """`log_event`, or not. `now` is monotonic seconds."""
+        self._room = min(self._burst, self._room + (now - self._filled_at) * self._burst / 60.0)
+        self._filled_at = now
+        if self._room < 1.0:
+            self._held_back += 1
+            return
+        self._room -= 1.0
+        if self._held_back:
+            fields["held_back"], self._held_back = self._held_back, 0
+        log_event(logger, level, event, **cast("Any", fields))
 
 
 class HumanFormatter(logging.Formatter):

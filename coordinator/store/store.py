@@ -30,12 +30,18 @@ from midge.wire.messages import Evaluation
 KEPT_ROUNDS = 100
 """Accepted updates are remembered for this many rounds; versions for ever."""
 
+KEPT_AGENTS = 100_000
+"""Agents that are gone are remembered up to this many, the last that left."""
+_FORGET_EVERY = 10_000
+"""Rows of agents that are written between two looks at whether there are too many."""
 _COPY_JUMP = 10_000
 """How many starts of the original a copy may be old. A coordinator's first epoch in it lies this far above, or up to twice."""
 
 
 class Store(Database):
     """The database of one state directory. See `Database` for its arguments, and what it raises."""
+
+    _num_agent_rows = 0
 
     # Writing. What cannot be written raises `StoreWriteError`, and changes nothing.
 
@@ -114,6 +120,7 @@ class Store(Database):
         for agent in agents:
             name, row = row_of_agent(agent)
             rows.setdefault(name, []).append(row)
+            self._num_agent_rows += 1
         with self._transaction() as connection:
             for name in sorted(rows, key=lambda name: name != "version"):  # first what others are added to
                 if rows[name]:
@@ -121,6 +128,9 @@ class Store(Database):
             for version in rows.get("version", ()):
                 done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
                 connection.execute(tables.STATEMENTS["done_with"], done)
+            if self._num_agent_rows >= _FORGET_EVERY:
+                connection.execute(tables.STATEMENTS["agents_gone"], {"kept": KEPT_AGENTS})
+                self._num_agent_rows = 0
             fail_point("coordinator.transaction.written")
 
     def add_base_model(self, name: str, *, digest: str, task: str, source: str, num_elements: int) -> None:

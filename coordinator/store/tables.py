@@ -138,6 +138,15 @@ STATEMENTS: dict[str, sa.Executable] = {
         }
     ),
     "agent": _upsert(agents),
+    # Those that have been gone longest, where there are too many; no index is worth its room for what is done so seldom.
+    "agents_gone": agents.delete().where(
+        agents.c.agent_id.in_(
+            sa.select(agents.c.agent_id)
+            .where(agents.c.state == "offline")
+            .order_by(agents.c.changed_at.desc(), agents.c.agent_id)
+            .offset(sa.bindparam("kept"))
+        )
+    ),
     "agent_left": agents.update()
     .where(agents.c.agent_id == sa.bindparam("left"), agents.c.state != "offline")
     .values(state="offline", changed_at=sa.bindparam("at")),

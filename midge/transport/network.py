@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from midge.log import log_event
+from midge.log import Throttle, log_event
 from midge.transport.address import Address
 from midge.transport.base import Connected, Disconnected, PacketTooLargeError, TransportEvent
 from midge.transport.failures import Backoff, Failure, Kind, LinkError, explain_error
@@ -51,6 +51,10 @@ LARGE_BYTES = 16_384
 STUCK_S = 60.0
 """A thread that has not come round for this long is stuck."""
 
+MAX_QUEUED_BYTES = 256 * 1024 * 1024
+"""Of messages that wait to be sent. Senders keep to windows far below; past it, one is dropped as without a connection."""
+_QUEUED_OVERHEAD_BYTES = 512
+"""What a message costs beside its payload, roughly."""
 _FAREWELL_S = 0.5
 _STOPPING_TICK_S = 0.05
 _CONNECTING_TICK_S = 1.0
@@ -94,6 +98,8 @@ class NetworkThread(ABC):
         self._last_token = 0
         self._controls: deque[Request] = deque()
         self._messages: deque[PublishRequest] = deque()
+        self._queued_bytes = 0
+        self._overflows_logged = Throttle(burst=1)
         self._stop_requested = threading.Event()
         self._stop_at = 0.0
         self._said_goodbye = False
@@ -145,7 +151,7 @@ class NetworkThread(ABC):
     ) -> int:
         """Send a message and return its token; `Published` with it follows once the broker took it (QoS 1 only).
 
-        Returns 0, and drops the message, where there is no connection.
+        Returns 0, and drops the message, where there is no connection, or `MAX_QUEUED_BYTES` wait already.
 
         Raises:
             PacketTooLargeError: the message is above the packet limit.
@@ -158,8 +164,14 @@ class NetworkThread(ABC):
             if size > limit:
                 advice = "send smaller frames, or raise the limit on the broker (max_packet_size)"
                 raise PacketTooLargeError(f"{topic}: packet of {size} bytes, the broker takes {limit}: {advice}")
-            self._last_token = token = self._last_token + 1
-            self._messages.append(PublishRequest(token, topic, payload, qos, retain, expiry_s))
+            is_full = self._queued_bytes + size > MAX_QUEUED_BYTES
+            if not is_full:
+                self._queued_bytes += len(payload) + _QUEUED_OVERHEAD_BYTES
+                self._last_token = token = self._last_token + 1
+                self._messages.append(PublishRequest(token, topic, payload, qos, retain, expiry_s))
+        if is_full:
+            self._overflows_logged.log(log, logging.WARNING, "message dropped: too many wait", time.monotonic())
+            return 0
         self._wake()
         return token
 
@@ -299,6 +311,7 @@ class NetworkThread(ABC):
                     request = self._controls.popleft()
                 elif self._messages and link.has_room():
                     request = self._messages.popleft()
+                    self._queued_bytes -= len(request.payload) + _QUEUED_OVERHEAD_BYTES
                 else:
                     return
             link.send(request)
@@ -345,6 +358,7 @@ class NetworkThread(ABC):
             self._online = None
             self._controls.clear()
             self._messages.clear()
+            self._queued_bytes = 0
         return was_online
 
     def _report(self, failure: Failure, *, was_online: bool) -> None:

@@ -299,7 +299,8 @@ def test_stopping_ends_an_aggregation_at_its_next_block(talk, monkeypatch):
     assert talk.models.digests() == {talk.base}
 
 
-def test_stopping_waits_for_the_aggregation_under_way_and_drops_what_waits(talk):
+def test_stopping_keeps_house_as_was_asked_and_averages_no_more(talk):
+    """Else frames and models of the last round would lie there until another run begins, and agents' models be lost."""
     done: list[str] = []
     began, gate = threading.Event(), threading.Event()
 
@@ -309,8 +310,11 @@ def test_stopping_waits_for_the_aggregation_under_way_and_drops_what_waits(talk)
         done.append("under way")
 
     talk.compute.later(work)
-    talk.compute.later(lambda: done.append("waits"))
+    talk.compute.ask(ev.AggregateUpdates(1, talk.base, (talk.update("a", 1.0, 1),)), 0.0)
+    talk.compute.later(lambda: done.append("asked for"))
     assert began.wait(BOUND_S)
     threading.Timer(0.02, gate.set).start()
     talk.compute.stop()
-    assert done == ["under way"]
+    assert done == ["under way", "asked for"]
+    assert talk.queue.take(0.0) == []
+    assert talk.models.digests() == {talk.base}
