@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import random
 import resource
+import sys
 import tempfile
 import time
 import traceback
@@ -29,6 +30,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import long_run
 from benchmarks.fuzz_inputs import SEEDS, decoders, mutated
@@ -45,13 +48,14 @@ DECODER_SHARE = 1 / 3
 LONGEST_DECODE_S = 1.0
 """No input of the largest size, 4 MiB, may hold the coordinator's loop for longer; two busy cores are allowed for."""
 HIGHEST_MB = 256
-"""To make inputs of up to 4 MiB, and to read them, takes up to 150 MB; what one of them asks for may be a thousand times that."""
+"""To make inputs of up to 4 MiB, and to read them, takes up to 150 MB; what one asks for may be a thousand times that."""
 MEMORY_SLOPE = 2 * 2**20 / 60
 """Bytes a second. Of what a peer sends nothing is kept: 1 KiB kept of each of 200 messages a second would be 12 MB a minute."""
 DESCRIPTOR_SLOPE = 1 / 60
 """A descriptor a minute: a leak at each message, reconnection or round would be hundreds."""
 NUM_INVENTED = 500
 """Agents that never were."""
+_NOT_OURS = ("/agent/../outbox", "/agent/A/presence", "/agent/" + "x" * 300 + "/outbox", "/agent/a/update/0/-1", "/x")
 _WINDOW = 64
 _NUM_HEARD = 100
 _RECOVERY_S = 90.0
@@ -195,7 +199,7 @@ class Stranger:
             "inbox": topics.inbox(agent_id),
             "outbox": topics.outbox(agent_id),
             "update frame": topics.update_frame(agent_id, rng.choice((0, 0, 1)), index),
-            "no topic of ours": f"{topics.prefix}/agent/{rng.choice(('..', 'A', 'x' * 300, agent_id))}/{rng.choice(('x', 'outbox', 'update/0/-1'))}",
+            "no topic of ours": topics.prefix + rng.choice(_NOT_OURS),
         }
         kind = rng.choice(list(made))
         return kind, made[kind]
@@ -224,7 +228,7 @@ class Stranger:
                 self._instance = decode(payload, CoordinatorStatus).instance
         if kind == "head" and self._run_id == "null-0":
             self._run_id = topic.split("/")[-2]
-        if payload and self._rng.random() < 0.05 or kind not in self._heard:
+        if kind not in self._heard or (payload and self._rng.random() < 0.05):
             self._heard.setdefault(kind, deque(maxlen=_NUM_HEARD)).append((topic, payload))
 
 

@@ -103,13 +103,14 @@ class Federation:
     Args:
         root: an empty directory, for everything.
         url: of the broker, or of a way to it.
-        num_agents: that train, if nothing ever does.
+        num_agents: that take part in every round.
+        task: what they do in it.
         settings: of the coordinator, over those here.
     """
 
-    def __init__(self, root: Path, url: str, num_agents: int, **settings: object) -> None:
+    def __init__(self, root: Path, url: str, num_agents: int, task: str = TASK, **settings: object) -> None:
         self.root = root
-        common = ["--broker", url, "--federation", NAME, "--task", TASK]
+        common = ["--broker", url, "--federation", NAME, "--task", task]
         # A round must get over whatever a stranger did to its messages, soon.
         chosen: dict[str, object] = {
             "rounds": 1_000_000,
@@ -122,8 +123,8 @@ class Federation:
             "max_attempts": 1000,
         } | settings
         assigned = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
-        self._state_dir = root / "coordinator" / "state"
-        arguments = ["run", *common, "--state-dir", str(self._state_dir), *assigned]
+        self.state_dir = root / "coordinator" / "state"
+        arguments = ["run", *common, "--state-dir", str(self.state_dir), *assigned]
         self.coordinator = Program("coordinator", "coordinator", arguments, root)
         self.agents = []
         for number in range(num_agents):
@@ -144,7 +145,7 @@ class Federation:
     def num_rounds(self) -> int:
         """Rounds that are committed."""
         with contextlib.suppress(StoreError):
-            store = Store(self._state_dir, read_only=True)
+            store = Store(self.state_dir, read_only=True)
             try:
                 rows = store.runs()
                 return int(rows[0]["round_num"]) if rows else 0
@@ -155,7 +156,7 @@ class Federation:
     def get(self, path: str) -> str:
         """What the coordinator serves; empty where it does not."""
         try:
-            url = json.loads((self._state_dir / "service.json").read_text(encoding="utf-8"))["url"]
+            url = json.loads((self.state_dir / "service.json").read_text(encoding="utf-8"))["url"]
             with urllib.request.urlopen(url + path, timeout=10.0) as answer:  # noqa: S310  the coordinator's own
                 return str(answer.read().decode())
         except (OSError, ValueError, urllib.error.URLError):
@@ -183,7 +184,7 @@ class Federation:
     def sizes(self) -> dict[str, float]:
         """Bytes of what the coordinator keeps on disk, by kind, and files of models and segments of the spool."""
         found = {"database_bytes": 0.0, "models_bytes": 0.0, "spool_bytes": 0.0, "models": 0.0, "segments": 0.0}
-        for path in self._state_dir.rglob("*"):
+        for path in self.state_dir.rglob("*"):
             with contextlib.suppress(OSError):
                 size = path.stat().st_size if path.is_file() else 0
                 if path.name.startswith("midge.db"):
@@ -276,11 +277,8 @@ def table(rows: Sequence[Sequence[Any]], *, indent: str = "  ") -> str:
     """Columns, the first to the left and the others to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
-    return "\n".join(
-        indent
-        + "  ".join(
-            cell.ljust(width) if not i else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in texts
-    )
+    lines = []
+    for first, *others in texts:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append(indent + "  ".join(cells))
+    return "\n".join(lines)

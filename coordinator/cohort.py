@@ -20,6 +20,10 @@ MAX_AGENTS = 100_000
 remembered: neither years of agents that come and go nor a flood of invented ids may fill the memory."""
 
 
+MAX_GONE = 10_000
+"""Of those, agents that are gone. One of which nothing is remembered comes back as any other."""
+
+
 class AgentState(enum.StrEnum):
     """Where an agent stands with the coordinator."""
 
@@ -147,10 +151,12 @@ class Fleet:
         self._num_in[state] += 1
         agent.state = state
         self._judge(agent)
-        if state is AgentState.OFFLINE:
-            self._gone[agent.agent_id] = None
-        else:
+        if state is not AgentState.OFFLINE:
             self._gone.pop(agent.agent_id, None)
+            return
+        self._gone[agent.agent_id] = None
+        if len(self._gone) > MAX_GONE:
+            self._forget_longest_gone()
 
     def _judge(self, agent: Agent) -> None:
         """Look again at whether this agent could take part."""
@@ -160,12 +166,13 @@ class Fleet:
             self._available = None
 
     def _make_room(self) -> bool:
-        """Forget the agent that has been gone longest where there is no room for another; whether there is room now."""
-        if len(self.agents) >= MAX_AGENTS:
-            longest = next(iter(self._gone), None)
-            if longest is None:
-                return False
-            del self._gone[longest]
-            del self.agents[longest]
-            self._num_in[AgentState.OFFLINE] -= 1
-        return True
+        """Whether there is room for another agent: for one that is gone, if there has to be."""
+        if len(self.agents) >= MAX_AGENTS and self._gone:
+            self._forget_longest_gone()
+        return len(self.agents) < MAX_AGENTS
+
+    def _forget_longest_gone(self) -> None:
+        longest = next(iter(self._gone))
+        del self._gone[longest]
+        del self.agents[longest]
+        self._num_in[AgentState.OFFLINE] -= 1
