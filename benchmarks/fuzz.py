@@ -13,7 +13,8 @@ drop its work, rounds are slower meanwhile; none may be wrong, and they must go 
 
 Printed are the inputs by decoder and by topic, and what was promised: no exception but the decoders' own, none in a network
 thread, no process that ends, memory and descriptors that do not grow, no file outside the state directories, rounds that are
-committed meanwhile and after. Where one does not hold the status is 1. A seed gives the same inputs to the decoders again.
+committed meanwhile, and after: the coordinator and an agent are killed then, and come back to what was left at the broker.
+Where one does not hold the status is 1. A seed gives the same inputs to the decoders again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ MEMORY_SLOPE = 2 * 2**20 / 60
 """Bytes a second. Of what a peer sends nothing is kept: 1 KiB kept of each of 200 messages a second would be 12 MB a minute."""
 DESCRIPTOR_SLOPE = 1 / 60
 """A descriptor a minute: a leak at each message, reconnection or round would be hundreds."""
+SHORT_S = 120
 NUM_INVENTED = 500
 """Agents that never were."""
 _NOT_OURS = ("/agent/../outbox", "/agent/A/presence", "/agent/" + "x" * 300 + "/outbox", "/agent/a/update/0/-1", "/x")
@@ -76,48 +79,71 @@ class Report:
 # The decoders.
 
 
-def fuzz_decoders(seconds: float, seed: int, report: Report) -> dict[str, Counter[str]]:
-    """Throw at each decoder in turn until the time is up. Returns, by decoder, how many inputs met which end."""
-    rng = random.Random(seed)
-    table = decoders()
-    every = list(SEEDS.values())
-    ends: dict[str, Counter[str]] = {name: Counter() for name in table}
-    slowest = (0.0, "", 0)
+class Thrower:
+    """Throws at each decoder, again and again.
+
+    Attributes:
+        ends: by decoder, how many inputs met which end: "refused", "taken", or the name of an exception.
+        slowest: seconds, decoder and size in bytes of the input that took longest.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._table = decoders()
+        self._every = list(SEEDS.values())
+        self.ends: dict[str, Counter[str]] = {name: Counter() for name in self._table}
+        self.slowest = (0.0, "", 0)
+
+    @property
+    def exceptions(self) -> dict[str, dict[str, int]]:
+        """By decoder, what was raised that should not have been."""
+        others = {
+            name: {end: count for end, count in counts.items() if end not in ("refused", "taken")}
+            for name, counts in self.ends.items()
+        }
+        return {name: counts for name, counts in others.items() if counts}
+
+    def turn(self, number: int = 20) -> None:
+        """Throw so many inputs at each."""
+        for name, (read, kinds) in self._table.items():
+            for _ in range(number):
+                self._throw(name, read, mutated(self._rng, SEEDS[self._rng.choice(kinds)], self._every))
+
+    def _throw(self, name: str, read: Callable[[bytes], object], payload: bytes) -> None:
+        began = time.perf_counter()
+        try:
+            read(payload)
+            end = "taken"
+        except WireError:
+            end = "refused"
+        except Exception as error:  # noqa: BLE001  it is what is looked for
+            end = type(error).__name__
+            if not self.ends[name][end]:
+                print(f"{name}: {payload[:200]!r} of {len(payload)} bytes")
+                traceback.print_exc()
+        self.slowest = max(self.slowest, (time.perf_counter() - began, name, len(payload)))
+        self.ends[name][end] += 1
+
+
+def fuzz_decoders(seconds: float, seed: int, report: Report) -> int:
+    """Throw until the time is up. Returns how many inputs."""
+    thrower = Thrower(seed)
     before_kb = _peak_kb()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        for name, (read, kinds) in table.items():
-            for _ in range(20):
-                payload = mutated(rng, SEEDS[rng.choice(kinds)], every)
-                began = time.perf_counter()
-                try:
-                    read(payload)
-                    ends[name]["taken"] += 1
-                except WireError:
-                    ends[name]["refused"] += 1
-                except Exception as error:  # noqa: BLE001  it is what is looked for
-                    ends[name][f"{type(error).__name__}"] += 1
-                    if sum(_others(ends[name]).values()) == 1:
-                        print(f"{name}: {payload[:200]!r} of {len(payload)} bytes")
-                        traceback.print_exc()
-                took = time.perf_counter() - began
-                slowest = max(slowest, (took, name, len(payload)))
+        thrower.turn()
     rows = [("decoder", "inputs", "refused", "taken")]
-    rows += [(name, str(c.total()), str(c["refused"]), str(c["taken"])) for name, c in ends.items()]
+    rows += [(name, str(c.total()), str(c["refused"]), str(c["taken"])) for name, c in thrower.ends.items()]
     print(long_run.table(rows))
-    others = {name: dict(_others(counts)) for name, counts in ends.items() if _others(counts)}
+    others = thrower.exceptions
     report.promise("exceptions but the decoders' own", holds=not others, seen=others or 0)
     grown_mb = (_peak_kb() - before_kb) / 1024
     limit = f"memory at its highest, over the beginning, below {HIGHEST_MB} MB"
     report.promise(limit, holds=grown_mb < HIGHEST_MB, seen=f"{grown_mb:.1f} MB")
-    took, name, size = slowest
+    took, name, size = thrower.slowest
     seen = f"{took * 1e3:.0f} ms ({name}, {size} bytes)"
     report.promise(f"slowest input below {LONGEST_DECODE_S:g} s", holds=took < LONGEST_DECODE_S, seen=seen)
-    return ends
-
-
-def _others(counts: Counter[str]) -> Counter[str]:
-    return Counter({end: count for end, count in counts.items() if end not in ("refused", "taken")})
+    return sum(counts.total() for counts in thrower.ends.values())
 
 
 def _peak_kb() -> int:
@@ -277,17 +303,23 @@ def _fuzz(
     meanwhile = federation.num_rounds() - before
     ended = [program.name for program in federation.programs if not program.is_running]
     status = federation.status()
+    invalid = sum(federation.counts("midge_messages_invalid_total").values())
+    stale = sum(federation.counts("midge_messages_stale_total").values())
+    by_agents = sum(federation.agent_counts("midge_agent_messages_invalid_total").values())
+    for program in (federation.coordinator, federation.agents[0]):  # what is retained, awaits them as they come back
+        program.kill()
+        program.start()
     stopped = time.monotonic()
     goal = federation.num_rounds() + 5
     goes_on = federation.wait_for(goal, _RECOVERY_S)
     after = (
         f"5 in {time.monotonic() - stopped:.1f} s" if goes_on else f"not 5 in {_RECOVERY_S:g} s: {federation.status()}"
     )
-    invalid = sum(federation.counts("midge_messages_invalid_total").values())
-    stale = sum(federation.counts("midge_messages_stale_total").values())
     codes = federation.stop()
     _print_messages(stranger.num_sent, seconds)
     print(f"  the coordinator refused {invalid:.0f} messages and ignored {stale:.0f} as stale; then it said: {status}")
+    print(f"  the agents refused {by_agents:.0f} messages")
+    report.promise("what is refused is counted", holds=invalid > 0 and by_agents > 0, seen=f"{invalid + by_agents:.0f}")
     report.promise("processes that ended", holds=not ended, seen=", ".join(ended) or 0)
     troubles = {program.name: program.troubles() for program in federation.programs}
     found = [line for lines in troubles.values() for line in lines]
@@ -296,7 +328,7 @@ def _fuzz(
     stray = federation.stray_files()
     report.promise("files outside the state directories", holds=not stray, seen=", ".join(stray[:5]) or 0)
     report.promise("rounds committed meanwhile", holds=meanwhile > 0, seen=meanwhile)
-    report.promise("rounds committed after", holds=goes_on, seen=after)
+    report.promise("rounds committed after, one agent and the coordinator killed", holds=goes_on, seen=after)
     report.promise("exit codes when asked to stop", holds=not any(codes.values()), seen=sorted(set(codes.values())))
     return stranger.num_sent
 
@@ -318,7 +350,7 @@ def _judge_growth(sampler: long_run.Sampler, seconds: float, report: Report) -> 
             (name, f"{first:.1f}", f"{last:.1f}", f"{one.slope(skip_s) / 1024:.2f}", f"{count[0]:.0f}-{count[-1]:.0f}")
         )
     print(long_run.table(rows))
-    if seconds < 120:  # too short for a slope to mean anything: what is there must be small
+    if seconds < SHORT_S:  # too short for a slope to mean anything: what is there must be small
         grown = {name: (one.values[-1] - one.values[0]) / 2**20 for name, one in memory.items()}
         worst = max(grown, key=lambda name: grown[name])
         report.promise("memory grew by less than 64 MB", holds=grown[worst] < 64, seen=f"{worst} {grown[worst]:.1f} MB")
@@ -348,8 +380,8 @@ def main() -> None:
     share = 1.0 if options.decoders_only else 0.0 if options.federation_only else DECODER_SHARE
     if share:
         print(f"decoders, {options.seconds * share:.0f} s, seed {options.seed}", flush=True)
-        ends = fuzz_decoders(options.seconds * share, options.seed, report)
-        print(f"  {sum(counts.total() for counts in ends.values())} inputs in all", flush=True)
+        num_inputs = fuzz_decoders(options.seconds * share, options.seed, report)
+        print(f"  {num_inputs} inputs in all", flush=True)
     if share < 1.0:
         left_s = options.seconds * (1 - share)
         print(f"federation of {options.agents} agents, {left_s:.0f} s, seed {options.seed}", flush=True)

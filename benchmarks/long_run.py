@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,16 @@ class Federation:
         """The series of a metric of the coordinator, by their labels."""
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name + "{")]
         return {labels: float(value) for labels, value in (line[len(name) :].rsplit(" ", 1) for line in lines)}
+
+    def agent_counts(self, name: str) -> dict[str, float]:
+        """The value of a counter that each agent serves, by agent."""
+        found = {}
+        for agent in self.agents:
+            served = re.findall(r"metrics served .*url=(\S+)", agent.log_path.read_text(errors="replace"))
+            with contextlib.suppress(OSError, IndexError), urllib.request.urlopen(served[-1], timeout=10.0) as answer:  # noqa: S310
+                lines = answer.read().decode().splitlines()
+                found[agent.name] = sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+        return found
 
     def wait_for(self, num_rounds: int, timeout_s: float) -> bool:
         """Whether so many rounds are committed within `timeout_s`."""

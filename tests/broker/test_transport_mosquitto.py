@@ -18,6 +18,7 @@ from midge.transport.link import packet_size_bytes
 from midge.transport.mqtt import MAX_IN_FLIGHT
 
 
+@pytest.mark.fault(9)
 def test_a_packet_above_the_brokers_limit_is_refused_here_and_one_at_it_goes_through(start_mosquitto, peer):
     agent = peer(start_mosquitto("max_packet_size 100000").url, "a")
     assert agent.seen == [Connected("5", packet_limit_bytes=100_000)]

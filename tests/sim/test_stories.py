@@ -57,6 +57,7 @@ def test_without_faults_each_agent_trains_once_a_round_and_every_update_counts()
     assert federation.store.tally_rows == {("received", ""): 30, ("accepted", ""): 30}
 
 
+@pytest.mark.fault(5)
 def test_every_message_twice_changes_nothing():
     federation = Federation(1, [HONEST] * 3, rounds=5, is_strict=True, faults=Faults(duplication=1.0, reorder_s=0.1))
     run(federation)
@@ -93,6 +94,7 @@ def test_any_kind_of_message_may_be_lost_a_few_times(kind, times):
     assert set(federation.auditor.trainings.values()) == {1}
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("times", [1, 5, 20])
 def test_frames_may_be_lost_on_their_way_down_and_up(times):
     federation = Federation(4, [HONEST, HONEST], num_frames=20, is_strict=True)
@@ -124,6 +126,7 @@ def test_an_agent_whose_birth_was_lost_is_found_though_nobody_misses_it():
 # Agents.
 
 
+@pytest.mark.fault(10, 11, 12)
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
@@ -146,6 +149,7 @@ def test_an_update_that_fails_a_gate_is_rejected_with_its_reason_and_never_count
     assert not any(agent_id == "agent-2" for _, agent_id in federation.auditor.counted)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("lie", ["too_many_examples", "other_update_digest"])
 def test_an_update_that_never_becomes_one_costs_a_report_deadline_and_no_more(lie):
     bounds = RoundConfig(minimum=3, quorum=2, report_deadline_s=20.0)
@@ -320,6 +324,7 @@ def test_stopping_and_starting_the_coordinator_in_every_round_changes_nothing():
     assert set(federation.auditor.trainings.values()) == {1}
 
 
+@pytest.mark.fault(18, 20)
 def test_a_flood_of_garbage_is_counted_and_nothing_else():
     federation = Federation(19, [Behaviour(training_s=(1.0, 2.0))] * 2, is_strict=True)
     federation.start()

@@ -30,6 +30,7 @@ def test_a_header_that_fits_passes():
     assert judged() is None
 
 
+@pytest.mark.fault(11, 12)
 @pytest.mark.parametrize(
     ("changes", "reason", "detail"),
     [
@@ -49,6 +50,7 @@ def test_each_field_of_a_header_that_does_not_fit_is_rejected(changes: dict[str,
     assert judged(**changes) == (reason, detail)
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("num_examples", [1, 1000])
 def test_the_bounds_of_the_examples_are_allowed(num_examples: int):
     assert judged(num_examples=num_examples) is None
@@ -82,11 +84,13 @@ def test_frames_that_do_not_add_up_to_the_header_are_rejected():
     )
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_elements_that_are_not_finite_are_rejected(norm: float):
     assert complete(norm) == ("not_finite", "NaN or infinite elements: training diverged; lower learning_rate")
 
 
+@pytest.mark.fault(10)
 def test_a_delta_above_the_norm_bound_is_rejected_and_at_the_bound_is_not():
     assert complete(5.0) is None
     assert complete(5.001) == ("norm", "delta of norm 5.001, at most 5 is allowed (norm_bound)")

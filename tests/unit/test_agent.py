@@ -371,6 +371,26 @@ def test_an_epoch_that_was_only_announced_fences_older_invitations_too():
     assert talk.agent.state is AgentState.IDLE
 
 
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("made_up", [2**53, EPOCH + 1_000_000])
+def test_an_agent_that_believed_an_epoch_beyond_all_measure_listens_to_the_coordinator_again(made_up: int):
+    """Such a presence may be retained at the broker, and the coordinator goes above none of that kind."""
+    talk = Talk()
+    talk.hear(ev.CoordinatorSeen(status(epoch=made_up)))
+    assert talk.agent.epoch == made_up
+    talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH)))
+    assert talk.agent.epoch == EPOCH
+    talk.hear(ev.CoordinatorSeen(status(epoch=made_up)))
+    assert said(talk.invite(), Acceptance) == [Acceptance(**address_of(invitation()))]
+
+
+def test_below_all_measure_an_older_epoch_is_an_older_coordinators():
+    talk = Talk()
+    talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH + 999_999)))
+    assert talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH))) == [ev.Stale("presence of an older coordinator")]
+    assert talk.invite() == [ev.Stale("invitation of an older epoch")]
+
+
 @pytest.mark.parametrize("older", [(1, 2), (2, 1)])
 def test_a_late_delivery_of_an_earlier_invitation_does_not_replace_newer_work(older: tuple[int, int]):
     talk = Talk()

@@ -278,6 +278,7 @@ def test_an_update_of_an_earlier_process_is_offered_when_its_round_is_invited_to
 # What is wrong.
 
 
+@pytest.mark.fault(20, 24)
 @pytest.mark.parametrize("topic", [INBOX, TOPICS.coordinator, TOPICS.rollcall, TOPICS.head("r1"), FRAMES[0]])
 @pytest.mark.parametrize(
     "payload",
@@ -292,6 +293,7 @@ def test_garbage_is_counted_and_changes_nothing(talk, topic, payload):
     assert (talk.agent.work, talk.agent.head, talk.agent.invitation, talk.agent.epoch) == before
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     "topic", ["", "midge/1/other/coordinator", "midge/1/lab/agent/../inbox", "x" * 70_000, "$SYS/x"]
 )
@@ -313,6 +315,7 @@ def test_a_retained_message_that_was_cleared_is_no_message(talk, topic):
     assert talk.driver.num_invalid == 0
 
 
+@pytest.mark.fault(6, 8)
 @pytest.mark.parametrize(
     "payload",
     [
@@ -335,6 +338,7 @@ def test_a_frame_that_is_not_the_awaited_one_is_awaited_still(talk, payload):
     assert talk.agent.work is AgentState.TRAINING
 
 
+@pytest.mark.fault(8)
 def test_frames_that_do_not_add_up_to_the_digest_are_asked_for_again_and_in_the_end_refused(talk):
     talk.to_fetching()
     for _ in range(2):
@@ -366,6 +370,7 @@ def test_a_flood_of_anything_on_any_topic_never_raises(talk):
     assert talk.driver.num_invalid > 300
 
 
+@pytest.mark.fault(9)
 def test_a_message_above_the_packet_limit_is_logged_and_not_sent(tmp_path, caplog):
     journal = Journal(tmp_path)
     talk = Talk(journal, packet_limit_bytes=10)

@@ -162,6 +162,7 @@ def test_words_to_another_address_or_of_a_stranger_are_ignored():
 # Again, and late.
 
 
+@pytest.mark.fault(5)
 def test_the_same_header_again_is_answered_with_what_is_missing_and_counted_as_a_duplicate():
     talk = collecting()
     talk.offer("a")
@@ -170,6 +171,7 @@ def test_the_same_header_again_is_answered_with_what_is_missing_and_counted_as_a
     assert (tally(talk, "received"), tally(talk, "duplicate")) == (2, 1)
 
 
+@pytest.mark.fault(5)
 def test_the_header_of_an_accepted_update_is_answered_with_its_receipt_again():
     talk = collecting()
     talk.update("a")
@@ -208,6 +210,7 @@ def test_an_update_that_comes_after_the_round_has_closed_is_cancelled():
     assert talk.frame("c", 0) == []  # it was on its way
 
 
+@pytest.mark.fault(7, 18)
 def test_a_header_of_an_older_epoch_or_attempt_is_answered_with_an_invitation():
     for change in ({"epoch": EPOCH - 1}, {"attempt": 0}):
         talk = collecting()
@@ -218,6 +221,7 @@ def test_a_header_of_an_older_epoch_or_attempt_is_answered_with_an_invitation():
         assert tally(talk, "late", "stale") == 1
 
 
+@pytest.mark.fault(7, 18)
 def test_a_header_of_another_round_or_run_is_cancelled_at_its_own_address():
     for change in ({"round_num": 2}, {"run_id": "other"}):
         talk = collecting()
@@ -227,6 +231,7 @@ def test_a_header_of_another_round_or_run_is_cancelled_at_its_own_address():
         assert tally(talk, "late", "stale") == 1
 
 
+@pytest.mark.fault(7)
 def test_a_header_for_a_newer_coordinator_is_left_to_that_one():
     for agent_id in ("a", "stranger"):
         talk = collecting()
@@ -247,6 +252,7 @@ def test_an_accepted_update_that_is_offered_at_an_old_address_gets_its_receipt_t
 # Rejections.
 
 
+@pytest.mark.fault(11, 12)
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
@@ -272,6 +278,7 @@ def test_a_header_that_fails_a_gate_is_rejected_before_any_frame_is_taken(reason
     assert tally(talk, "duplicate") == 1
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(("reason", "squares"), [("not_finite", math.nan), ("not_finite", math.inf), ("norm", 1e6)])
 def test_an_update_whose_elements_fail_a_gate_is_rejected_and_its_frames_are_forgotten(reason: str, squares: float):
     talk = collecting(norm_bound=10.0)
@@ -287,6 +294,7 @@ def test_an_update_whose_elements_fail_a_gate_is_rejected_and_its_frames_are_for
     assert tally(talk, "rejected", reason) == 1
 
 
+@pytest.mark.fault(19)
 def test_an_agent_that_was_not_invited_is_rejected():
     talk = collecting()
     receipt = sent(talk.offer("stranger"), Receipt)["stranger"]
@@ -304,6 +312,7 @@ def test_a_bad_header_ends_the_transfer_that_was_under_way():
     assert (tally(talk, "late", "replaced"), tally(talk, "rejected", "num_examples")) == (1, 1)
 
 
+@pytest.mark.fault(8)
 def test_frames_that_do_not_add_up_are_asked_for_again_twice_then_the_update_is_rejected():
     talk = collecting()
     talk.offer("a")
@@ -406,6 +415,7 @@ def test_a_lost_agent_that_speaks_at_an_old_address_is_waited_for_like_one_that_
 # Frames.
 
 
+@pytest.mark.fault(6, 7)
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from coordinator import cohort
@@ -142,6 +144,44 @@ def test_the_smallest_packet_limit_that_anyone_named_counts():
     made.hear("b", presence(packet_limit_bytes=2_000_000), retained=False)
     made.hear("c", presence(packet_limit_bytes=131_072), retained=False)
     assert made.packet_limit_bytes() == 131_072
+
+
+def test_agents_that_come_once_and_go_are_forgotten_the_longest_gone_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cohort, "MAX_GONE", 2)
+    made = Fleet()
+    for agent_id in "abcd":
+        made.hear(agent_id, BIRTH, retained=False)
+        made.hear(agent_id, WILL, retained=False)
+    assert list(made.agents) == ["c", "d"]
+    assert made.count() == {AgentState.ONLINE: 0, AgentState.SILENT: 0, AgentState.OFFLINE: 2}
+    assert made.hear("a", BIRTH, retained=False) is Change.CAME  # as any other
+    assert made.hear("c", BIRTH, retained=False) is Change.CAME
+    made.hear("b", BIRTH, retained=False)
+    made.hear("b", WILL, retained=False)
+    assert list(made.agents) == ["c", "d", "a", "b"]
+
+
+def test_where_there_is_no_room_a_new_agent_takes_the_place_of_one_that_is_gone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cohort, "MAX_AGENTS", 3)
+    made = fleet(a="1", b="1", c="1")
+    made.hear("b", WILL, retained=False)
+    assert made.hear("d", BIRTH, retained=False) is Change.CAME
+    assert made.available(TASK, {}) == {"a", "c", "d"}
+
+
+def test_counts_and_availability_follow_every_change():
+    made = Fleet()
+    rng = random.Random(4)
+    for _ in range(2000):
+        birth = presence(rng.choice("12"), online=rng.random() < 0.6, task=rng.choice((TASK, "other")))
+        made.hear(rng.choice("abcdef"), birth, retained=rng.random() < 0.3)
+        if rng.random() < 0.02:
+            made.lose_all()
+        asked = rng.choice((TASK, "other")), rng.choice(({}, {"site": "lab"}, {"site": "moon"}))
+        assert made.available(*asked) == {each.agent_id for each in made.agents.values() if not each.problem(*asked)}
+        assert made.count() == {
+            state: sum(each.state is state for each in made.agents.values()) for state in AgentState
+        }
 
 
 def test_a_flood_of_invented_agents_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch):

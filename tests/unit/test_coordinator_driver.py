@@ -530,16 +530,17 @@ def test_agents_are_remembered_as_they_come_and_go(talk):
 # Frames.
 
 
+@pytest.mark.fault(6, 8)
 @pytest.mark.parametrize(
     ("payload", "is_refused"),
     [
         (frame(0, codec=9), True),
-        (frame(0, num_elements=3), False),
+        (frame(0, num_elements=3), True),
         (frame(0, body=BODIES[0][:8], num_elements=4), True),
         (frame(0, round_num=2), False),
         (frame(0, run_tag=run_tag("other")), False),
         (frame(0, content_tag=b"another!"), False),
-        (frame(1), False),
+        (frame(1), True),
         (frame(0)[:-1], True),
         (frame(0)[:30], True),
     ],
@@ -584,6 +585,7 @@ def test_an_update_that_gives_way_to_another_is_forgotten_before_it_may_come_aga
     assert told(talk.turn(), Credit)["a"].missing == ((0, 2),)
 
 
+@pytest.mark.fault(10)
 def test_a_body_that_is_not_finite_is_rejected_with_its_reason(talk):
     talk.to_collecting()
     bad = np.full(4, np.nan, "<f4").tobytes()
@@ -599,6 +601,7 @@ def test_a_body_that_is_not_finite_is_rejected_with_its_reason(talk):
 # Whatever comes.
 
 
+@pytest.mark.fault(7)
 def test_what_is_stale_is_dropped_and_counted(talk):
     talk.to_collecting()
     address = talk.address
@@ -621,6 +624,7 @@ TOPICS_IN = [
 ]
 
 
+@pytest.mark.fault(20, 24)
 @pytest.mark.parametrize("topic", TOPICS_IN)
 @pytest.mark.parametrize(
     "payload",
@@ -632,13 +636,18 @@ def test_garbage_raises_nothing_is_counted_and_changes_nothing(talk, topic, payl
     run = talk.driver.run
     before = (run.state, run.attempt.round.members, run.epoch, dict(run.tallies.counts), run.status())
     talk.hear(topic, payload)
-    assert talk.turn() == []
+    sent = talk.turn()
+    if topic == TOPICS.coordinator:  # our own presence is not there any more, so it is said again
+        assert [(status.epoch, status.online) for status in statuses(sent)] == [(EPOCH, True)]
+        sent = []
+    assert sent == []
     assert (run.state, run.attempt.round.members, run.epoch, dict(run.tallies.counts), run.status()) == before
     ignored = topic in (TOPICS.rollcall, TOPICS.head(RUN_ID), TOPICS.inbox("a"))  # we do not read these
     cleared = payload == b"" and topic in (TOPICS.presence("a"), TOPICS.coordinator)
     assert sum(talk.observer.num_refused.values()) == (0 if ignored or cleared else 1)
 
 
+@pytest.mark.fault(23, 31)
 @pytest.mark.parametrize(
     "topic", ["", "x", "midge/1/other/agent/a/outbox", "midge/1/lab/agent/A B/outbox", "x" * 70_000]
 )
@@ -791,12 +800,46 @@ def test_a_farewell_of_a_higher_epoch_is_followed_by_a_higher_one_of_ours(talk):
     assert talk.driver.epoch == EPOCH + 4
 
 
-def test_our_own_presence_and_will_are_no_other_coordinator(talk):
+def test_our_own_presence_is_no_other_coordinator(talk):
     talk.connect()
-    for online in (True, False):
-        talk.hear(TOPICS.coordinator, status(EPOCH + 9, online=online, instance="this"))
+    for epoch in (EPOCH, EPOCH - 1):
+        talk.hear(TOPICS.coordinator, status(epoch, instance="this"))
     assert talk.driver.epoch == EPOCH
     assert talk.turn() == []
+
+
+def test_our_own_will_of_an_earlier_connection_is_answered_with_our_presence(talk):
+    talk.connect()
+    talk.hear(TOPICS.coordinator, status(EPOCH, online=False, instance="this"))
+    assert [seen.online for seen in statuses(talk.turn())] == [True]
+
+
+@pytest.mark.fault(18, 20)
+@pytest.mark.parametrize("online", [True, False])
+def test_a_presence_in_our_name_that_is_not_ours_is_gone_above(talk, online):
+    """Agents believe it, and would take no invitation of ours any more."""
+    talk.to_collecting()
+    talk.hear(TOPICS.coordinator, status(EPOCH + 9, online=online, instance="this"))
+    assert talk.driver.epoch == EPOCH + 10
+    assert [seen.epoch for seen in statuses(talk.turn())] == [EPOCH + 10]
+
+
+def test_a_flood_on_our_topic_is_answered_once_a_turn(talk):
+    talk.connect()
+    for _ in range(50):
+        talk.hear(TOPICS.coordinator, b"{", retained=True)
+    assert len(statuses(talk.turn())) == 1
+    assert talk.turn() == []
+
+
+def test_a_header_that_nobody_waits_for_makes_no_segment_of_the_spool(talk):
+    talk.connect()
+    talk.start()
+    talk.driver.step(ev.ModelPrepared(talk.base, LAYOUT, FRAMING), talk.now)
+    talk.turn()
+    talk.spool.stored = lambda *_: pytest.fail("the spool was asked, which makes a file")
+    talk.update_as_before("a")
+    assert told(talk.turn(), Cancel)["a"].reason == "late"
 
 
 def test_an_agent_that_has_seen_a_higher_epoch_raises_ours(talk):
@@ -806,12 +849,14 @@ def test_an_agent_that_has_seen_a_higher_epoch_raises_ours(talk):
     assert {invitation.epoch for invitation in told(talk.turn(), Invitation).values()} == {71}
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("retained", [True, False])
 def test_an_epoch_beyond_all_measure_is_no_epoch(talk, retained):
     # It would be written to disk, and no agent could read a message with the one above it.
     talk.connect()
     talk.hear(TOPICS.coordinator, status(2**53), retained=retained)
     assert talk.observer.num_refused == {"coordinator": 1}
+    assert [seen.epoch for seen in statuses(talk.turn())] == [EPOCH]  # who believes it, hears ours after it
     talk.come("a", epoch=2**53)
     assert talk.driver.epoch == EPOCH
     talk.turn()
@@ -873,6 +918,7 @@ def test_a_model_above_the_brokers_limit_is_an_error_in_the_log_and_is_tried_aga
     assert TOPICS.head(RUN_ID) in [each.topic for each in talk.connect()]
 
 
+@pytest.mark.fault(9)
 def test_a_message_above_the_brokers_limit_is_logged_and_the_others_go(talk, caplog):
     talk.to_collecting()
     talk.transport.packet_limit_bytes = 10

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midge.log import MAX_VALUE_LENGTH, HumanFormatter, JsonFormatter, log_event, setup
+from midge.log import MAX_VALUE_LENGTH, HumanFormatter, JsonFormatter, Throttle, log_event, setup
 
 LOGGER = logging.getLogger("midge.test")
 
@@ -55,6 +55,20 @@ def test_a_machine_reads_one_object_with_time_in_utc():
     assert event["ts"].endswith("Z")
     assert len(event["ts"]) == len("2025-03-01T11:03:44.123Z")
     assert list(event.values())[1:] == ["WARNING", "midge.test", "update rejected", "digits-1", 3, "norm"]
+
+
+def test_what_a_peer_can_bring_about_at_will_is_logged_in_measure(caplog):
+    throttle = Throttle(burst=3)
+    with caplog.at_level(logging.WARNING):
+        for number in range(10):
+            throttle.log(LOGGER, logging.WARNING, "message refused", 100.0, number=number)
+        # 3 a minute: after 30 s there is room for one, 1.5 less that one is 0.5.
+        throttle.log(LOGGER, logging.WARNING, "message refused", 130.0, number=10)
+        throttle.log(LOGGER, logging.WARNING, "message refused", 130.0, number=11)
+        throttle.log(LOGGER, logging.WARNING, "message refused", 140.0, number=12)
+    fields = [record.midge_fields for record in caplog.records]
+    assert [field["number"] for field in fields] == [0, 1, 2, 10, 12]
+    assert [field.get("held_back") for field in fields] == [None, None, None, 7, 1]
 
 
 @pytest.mark.parametrize(

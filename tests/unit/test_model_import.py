@@ -92,6 +92,7 @@ def test_a_file_cut_anywhere_is_refused(path):
             read_state(path)
 
 
+@pytest.mark.fault(22)
 def test_a_file_of_torch_save_is_refused_and_told_what_to_do(path):
     torch.save({"x": torch.ones(2)}, path)
     with pytest.raises(ModelError, match=r"save it with safetensors\.torch\.save_file"):

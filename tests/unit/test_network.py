@@ -172,6 +172,20 @@ def test_subscriptions_overtake_messages_that_wait_for_room(play):
     assert link.sent[2].token == tokens[1]
 
 
+def test_messages_that_wait_have_a_bound_and_what_is_beyond_is_dropped(play, monkeypatch, caplog):
+    monkeypatch.setattr(network, "MAX_QUEUED_BYTES", 3000)
+    link = PlayedLink(None, room=0)
+    thread = play(link)
+    thread.next()
+    taken = [bool(thread.publish("a", bytes(400))) for _ in range(6)]  # each costs 512 bytes beside its payload
+    assert taken == [True, True, True, False, False, False]
+    assert caplog.text.count("message dropped: too many wait") == 1
+    link.room = 99
+    thread.subscribe(["x"])  # wakes it
+    wait_until(lambda: sum(isinstance(request, PublishRequest) for request in link.sent) == 3)
+    assert thread.publish("a", bytes(400))
+
+
 def test_what_waited_is_void_after_the_connection_is_lost(play):
     first, second = PlayedLink(accept=None, room=0), PlayedLink(accept=None)
     thread = play(first, second)

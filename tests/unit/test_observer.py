@@ -292,6 +292,50 @@ def test_however_long_it_watches_the_board_stays_bounded(watched):
     assert (len(board.history), len(board.events), len(board.agents)) == (HISTORY, 50, 0)
 
 
+@pytest.mark.fault(19, 31)
+def test_strangers_that_offer_updates_under_one_name_after_another_get_no_line_and_few_in_the_log(watched, caplog):
+    series = len(list(watched.registry.collect()))
+    with caplog.at_level(logging.WARNING, "coordinator"):
+        for number in range(500):
+            watched.watch.note(ev.UpdateSettled(f"stranger-{number}", "rejected", "identity", "was not invited"))
+            watched.watch.refused("outbox", MessageError("x"))
+    assert watched.board.agents == {}
+    assert watched.of_run("midge_updates_total", outcome="rejected", reason="identity") == 500
+    assert watched.value("midge_messages_invalid_total", kind="control") == 500
+    assert len(list(watched.registry.collect())) == series
+    assert len(caplog.records) <= 2 * 31  # 30 of each, and what a second or so adds
+
+
+@pytest.mark.fault(31)
+def test_agents_that_come_once_and_go_leave_nothing_behind(watched, monkeypatch):
+    monkeypatch.setattr("coordinator.observer._MAX_GONE", 5)
+    fleet = Fleet()
+
+    def hear(agent_id: str, **changes: Any) -> None:
+        change = fleet.hear(agent_id, presence(**changes), retained=False)
+        watched.watch.fleet(fleet, agent_id, change)
+
+    def num_series() -> int:
+        return sum(len(family.samples) for family in watched.registry.collect())
+
+    hear("stays")
+    before = num_series()
+    for number in range(100):
+        hear(f"once-{number}", task="another")
+        watched.watch.saved(ev.SaveUpdate(1, ev.AcceptedUpdate(f"once-{number}", 1, "0" * 64, 10, (), 1.0)))
+        hear(f"once-{number}", online=False)
+    assert sorted(watched.board.agents) == [*(f"once-{number}" for number in range(95, 100)), "stays"]
+    assert watched.watch._misfits.keys() == watched.board.agents.keys()
+    assert num_series() == before
+    watched.watch.broker(Disconnected("gone"))
+    assert len(watched.board.agents) == 6
+    hear("once-99")
+    hear("late", task="another")
+    hear("late", online=False)
+    assert "once-95" in watched.board.agents  # one that came back made room
+    assert watched.board.agents["once-99"].activity == "idle"
+
+
 def test_an_agent_of_another_task_is_shown_with_its_task_and_warned_of_once(watched, caplog):
     watched.board.task = "digits"
     fleet = Fleet()

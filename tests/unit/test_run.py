@@ -264,6 +264,19 @@ def test_an_abandoned_attempt_is_tried_again_after_a_pause_that_doubles():
     assert opened == [ev.RoundOpened(1, attempt) for attempt in (2, 3, 4, 5)]
 
 
+@pytest.mark.fault(2, 20)
+def test_after_an_abandoned_attempt_the_model_is_put_to_the_broker_again_and_nothing_waits_for_that():
+    """Whatever was there in its place, or was lost there, is so no more when agents are invited again."""
+    talk = Talk(config(minimum=1, quorum=1, max_attempts=5))
+    talk.to_collecting("a")
+    commands = talk.refuse("a", "fetch")
+    published = only(commands, ev.PublishModel)
+    assert (published.round_num, published.digest) == (0, talk.run.version.digest)
+    assert talk.run.state is RunState.WAITING
+    assert only(talk.wait(1), ev.RoundOpened) == ev.RoundOpened(1, 2)
+    assert talk.hear(ev.ModelPublished(0)) == []
+
+
 def test_after_the_last_attempt_the_run_fails_with_the_last_reason():
     talk = Talk(config(minimum=1, quorum=1, max_attempts=2))
     talk.to_collecting("a")

@@ -216,6 +216,19 @@ def test_an_agent_that_left_unseen_is_offline_and_one_that_was_never_known_stays
     assert store.agents() == [agent]  # when it left is not moved by hearing so again
 
 
+def test_of_agents_that_are_gone_only_so_many_are_remembered_the_last_that_left(store, monkeypatch):
+    monkeypatch.setattr("coordinator.store.store.KEPT_AGENTS", 3)
+    monkeypatch.setattr("coordinator.store.store._FORGET_EVERY", 10)
+    times = iter(range(100))
+    monkeypatch.setattr("coordinator.store.rows.utc_now", lambda: f"{next(times):03}")
+    store.save("", [], [AgentRow("here", "online", "digits", {}, "0.1")])
+    for number in range(9):
+        store.save("", [], [AgentRow(f"gone-{number}", "offline", "digits", {}, "0.1")])
+    assert [row["agent_id"] for row in store.agents()] == ["gone-6", "gone-7", "gone-8", "here"]
+    store.save("", [], [AgentRow("gone-9", "offline", "digits", {}, "0.1")])
+    assert len(store.agents()) == 5  # looked at now and then
+
+
 def test_updates_are_remembered_for_some_rounds_and_versions_for_ever(store, monkeypatch):
     assert KEPT_ROUNDS == 100
     kept_rounds = 4

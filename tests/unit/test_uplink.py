@@ -154,6 +154,7 @@ def test_credit_is_never_more_than_256_whatever_comes_and_goes():
 # Verdicts.
 
 
+@pytest.mark.fault(6)
 def test_each_frame_that_comes_gets_its_verdict():
     made = announced("a")
     made.invite(("b",))
@@ -285,6 +286,7 @@ def test_more_gaps_than_a_message_holds_end_in_a_range_that_covers_the_rest():
     assert told >= set(range(400)) - even
 
 
+@pytest.mark.fault(6)
 def test_whatever_is_missing_is_told():
     rng = random.Random(2)
     for _ in range(200):

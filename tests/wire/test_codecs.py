@@ -11,6 +11,7 @@ from midge.wire.codecs import FLOAT32, NAMES, decode_float32, encode_float32
 from midge.wire.errors import FrameError
 
 
+@pytest.mark.fault(21)
 def test_the_table_is_closed_and_its_numbers_are_for_ever():
     assert NAMES == {"float32": 1}
     assert FLOAT32 == 1
@@ -51,6 +52,7 @@ def test_elements_of_the_other_byte_order_are_turned():
     assert bytes(encode_float32(np.array([1.5], ">f4"))).hex() == "0000c03f"
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("num_bytes", [0, 4, 7, 9, 12])
 def test_a_body_of_the_wrong_length_is_refused(num_bytes):
     with pytest.raises(FrameError) as caught:

@@ -94,6 +94,7 @@ def test_every_field_is_where_the_table_says():
 # Truncation, at every byte.
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("frame", [*MODEL_FRAMES, *UPDATE_FRAMES], ids=["model 0", "model 1", "update 0", "update 1"])
 def test_a_frame_cut_short_at_any_byte_is_refused(frame):
     for length in range(len(frame)):
@@ -115,6 +116,7 @@ def test_a_frame_with_a_byte_too_many_is_refused():
 # Corruption, at every byte.
 
 
+@pytest.mark.fault(8)
 def test_a_change_of_any_byte_is_noticed():
     for at in range(len(FRAME)):
         for mask in (0x01, 0x80, 0xFF):
@@ -156,6 +158,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.fault(8, 24)
 @pytest.mark.parametrize(("frame", "message"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_what_is_no_frame_is_refused_with_its_reason(frame, message):
     with pytest.raises(FrameError) as caught:

@@ -138,6 +138,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.fault(11, 24)
 @pytest.mark.parametrize(("tensors", "message"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_what_is_no_layout_is_refused_with_its_reason(tensors, message):
     with pytest.raises(LayoutError) as caught:

@@ -147,12 +147,14 @@ OUT_OF_LIMITS = [
 ]
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(("kind", "changes", "reason"), OUT_OF_LIMITS, ids=lambda value: str(value)[:50])
 def test_a_field_outside_its_limits_is_refused_with_its_reason(kind, changes, reason):
     payload = sent(kind, **changes)
     assert error_of(payload, kind) == f"message of {len(payload)} bytes starting {payload[:60]!r}: {reason}"
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("run_id", NOT_IDENTIFIERS.values(), ids=NOT_IDENTIFIERS.keys())
 @pytest.mark.parametrize("kind", ["head", "invitation", "update"])
 def test_a_run_whose_name_could_be_no_topic_is_refused(kind, run_id):
@@ -218,6 +220,7 @@ TORN_HEADS = {
 }
 
 
+@pytest.mark.fault(11, 24)
 @pytest.mark.parametrize(("changes", "reason"), TORN_HEADS.values(), ids=TORN_HEADS.keys())
 def test_a_head_that_contradicts_itself_is_refused_with_its_reason(changes, reason):
     payload = sent("head", **changes)

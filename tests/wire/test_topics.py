@@ -76,6 +76,7 @@ def test_what_is_not_ours_is_refused(topic):
     assert str(caught.value) == f"topic {topic!r}: not one of federation 'demo' (expected midge/1/demo/...)"
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("name", NOT_IDENTIFIERS.values(), ids=NOT_IDENTIFIERS.keys())
 def test_what_is_no_identifier_gets_into_no_topic(name):
     with pytest.raises(TopicError, match="federation"):
@@ -89,6 +90,7 @@ def test_what_is_no_identifier_gets_into_no_topic(name):
         DEMO.update_frame(name, 0, 0)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("name", NOT_IDENTIFIERS.values(), ids=NOT_IDENTIFIERS.keys())
 def test_what_is_no_identifier_is_parsed_out_of_no_topic(name):
     for topic in (f"agent/{name}/outbox", f"agent/{name}/update/0/0", f"model/{name}/head", f"model/{name}/0/0"):
