@@ -230,6 +230,12 @@ class Series:
         self.at_s.append(at_s)
         self.values.append(value)
 
+    def at(self, at_s: float) -> float:
+        """The last value up to then; the first one where there is none."""
+        return next(
+            (value for at, value in zip(self.at_s[::-1], self.values[::-1], strict=True) if at <= at_s), self.values[0]
+        )
+
     def slope(self, skip_s: float = 0.0) -> float:
         """What a straight line through the samples after `skip_s` seconds gains a second; 0 where there are too few."""
         points = [(at, value) for at, value in zip(self.at_s, self.values, strict=True) if at >= skip_s]

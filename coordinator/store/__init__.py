@@ -8,7 +8,7 @@ Tables
     meta         schema version; the epoch, raised and committed at every start before anything else is done
     runs         one row a run: its configuration, state, where it stands, the best version
     versions     one row a committed version: digest, parent, what it was made of, how it does, the strategy's state
-    attempts     one row an attempt at a round: state, and each member's
+    attempts     one row an attempt at a round: state, and each member's, of the current round and of the last hundred
     updates      one row an accepted update, of the current round and of the last hundred
     tallies      one row per (run, outcome, reason): how many updates met that fate
     agents       one row an agent that was ever heard of

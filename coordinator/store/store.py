@@ -28,7 +28,7 @@ from midge.failpoints import fail_point
 from midge.wire.messages import Evaluation
 
 KEPT_ROUNDS = 100
-"""Accepted updates are remembered for this many rounds; versions for ever."""
+"""Accepted updates, and who was in an attempt, are remembered for this many rounds; versions and attempts for ever."""
 
 KEPT_AGENTS = 100_000
 """Agents that are gone are remembered up to this many, the last that left."""
@@ -128,6 +128,7 @@ class Store(Database):
             for version in rows.get("version", ()):
                 done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
                 connection.execute(tables.STATEMENTS["done_with"], done)
+                connection.execute(tables.STATEMENTS["members_done_with"], done)
             if self._num_agent_rows >= _FORGET_EVERY:
                 connection.execute(tables.STATEMENTS["agents_gone"], {"kept": KEPT_AGENTS})
                 self._num_agent_rows = 0

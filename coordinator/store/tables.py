@@ -124,6 +124,10 @@ STATEMENTS: dict[str, sa.Executable] = {
     "done_with": updates.delete().where(
         updates.c.run_id == sa.bindparam("run"), updates.c.round_num < sa.bindparam("number")
     ),
+    # Of each round that leaves, so that none is looked at twice; the attempt itself is remembered with its version.
+    "members_done_with": attempts.update()
+    .where(attempts.c.run_id == sa.bindparam("run"), attempts.c.round_num == sa.bindparam("number") - 1)
+    .values(members="{}"),
     "attempt": _upsert(attempts),
     "update": _upsert(updates),
     "central": _set_score("central"),

@@ -202,6 +202,8 @@ def _counts(run: RunRows) -> Iterator[Broken]:
             continue
         if attempt["attempt"] != version["attempts"]:
             yield Broken(where, f"attempt {attempt['attempt']} committed it: expected {version['attempts']}")
+        if round_num <= run.last_round - KEPT_ROUNDS and not attempt["members"]:
+            continue
         reported = {agent for agent, state in attempt["members"].items() if state is MemberState.REPORTED}
         if len(reported) != version["num_updates"]:
             yield Broken(where, f"I2: {len(reported)} agents reported, made of {version['num_updates']} updates")

@@ -238,9 +238,15 @@ def test_updates_are_remembered_for_some_rounds_and_versions_for_ever(store, mon
     store.save(run_id, [version(0)])
     num_rounds = kept_rounds + 3
     for round_num in range(1, num_rounds + 1):
-        store.save(run_id, [ev.SaveUpdate(round_num, update()), version(round_num)])
+        attempts = [
+            ev.SaveAttempt(round_num, number, RoundState.ABANDONED, "", {"a": MemberState.REPORTED})
+            for number in (1, 2)
+        ]
+        store.save(run_id, [*attempts, ev.SaveUpdate(round_num, update()), version(round_num)])
     kept = [round_num for round_num in range(num_rounds + 1) if store.updates(run_id, round_num)]
     assert kept == [4, 5, 6, 7]
+    remembered = {(row["round_num"], row["attempt"]): bool(row["members"]) for row in store.attempts(run_id)}
+    assert remembered == {(n, attempt): n >= 4 for n in range(1, num_rounds + 1) for attempt in (1, 2)}
     assert len(store.versions(run_id)) == num_rounds + 1
     assert store.updates(other, 1) == [update()]
 
