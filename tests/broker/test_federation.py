@@ -5,18 +5,31 @@ Most tests run twice: over Mosquitto, where everything speaks MQTT 5, and over t
 
 from __future__ import annotations
 
+import re
+import urllib.request
+
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.round import draw_order
 from midge.tasks.base import DataSpec
 from tests.broker import tasks
-from tests.broker.federation import assert_same_model, federated, wait_until
+from tests.broker.federation import Program, assert_same_model, federated, wait_until
 
 WIDE = "tests.broker.tasks:wide"
 
 
+def own_metrics(agent: Program) -> dict[str, float]:
+    """What an agent serves of itself, by name, and by direction where there is one."""
+    url = re.findall(r"metrics served .*url=(\S+)", agent.log())[-1]
+    with urllib.request.urlopen(url, timeout=10.0) as answer:  # noqa: S310  the agent's own
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
+    return {f"{sample.name} {sample.labels.get('direction', '')}".strip(): sample.value for sample in samples}
+
+
 def test_agents_started_before_and_after_the_coordinator_learn_what_numpy_computes(broker, federation):
-    early = federation.start_agent("agent-0", part=0)
+    early = federation.start_agent("agent-0", part=0, metrics_port=0)
     early.wait_for_log("broker connected")
     coordinator = federation.start_coordinator(rounds=4, min_agents=3, local_epochs=2, batch_size=4, learning_rate=0.05)
     federation.start_agent("agent-1", part=1)
@@ -33,6 +46,11 @@ def test_agents_started_before_and_after_the_coordinator_learn_what_numpy_comput
     assert [version["num_updates"] for version in federation.versions()] == [0, 3, 3, 3, 3]
     assert [version["num_examples"] for version in federation.versions()[1:]] == [4 + 7 + 10] * 4
     assert federation.tallies() == {("received", ""): 12, ("accepted", ""): 12}
+    assert list(federation.state_dir().rglob("*.spool")) == []  # nothing of the last round is left
+    samples = own_metrics(early)
+    assert samples["midge_agent_training_duration_seconds_count"] == 4
+    assert samples["midge_agent_messages_invalid_total"] == 0
+    assert min(samples[f"midge_agent_traffic_bytes_total {direction}"] for direction in ("in", "out")) > 4 * 20
 
 
 def test_a_model_of_many_frames_arrives_whole_both_ways(broker, make_federation):
