@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from edge_agent import agent_events as ev
+from edge_agent.agent import AgentState
 from edge_agent.config import Settings
 from edge_agent.driver import Driver, make_agent
 from edge_agent.journal import Journal
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge_agent")
 _LONGEST_WAIT_S = 60.0
 """Then the network thread is looked after."""
+_TELL_AFTER_S = 10.0
+_WAITS = {
+    AgentState.OFFLINE: "broker",
+    AgentState.FETCHING: "model",
+    AgentState.UPLOADING: "credit",
+    AgentState.AWAITING_RECEIPT: "receipt",
+}
+"""What an agent that has work waits for, in each state; to train is no wait."""
 
 
 class NetworkThreadError(Exception):
@@ -110,6 +119,9 @@ class Service:
             self._object,
             self._observe,
         )
+        self._state = self._driver.agent.state
+        self._state_since = time.monotonic()
+        self._tell_at = math.inf
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then say farewell.
@@ -158,9 +170,34 @@ class Service:
         self._trainer.tick(now)
         self._driver.step(ev.TimePassed(), now)
         self._measure()
+        self._tell_of_wait(now)
         if not self._transport.is_alive:
             raise NetworkThreadError(f"agent {self.settings.agent_id}: the network thread died: start it again")
         return True
+
+    def _tell_of_wait(self, now: float) -> None:
+        """Say in the log that the agent still waits, the first time after 10 s, then ever more seldom.
+
+        It does so when something else wakes it: whoever waits asks again, at least every half minute or so.
+        """
+        agent = self._driver.agent
+        if agent.state is not self._state:
+            self._state, self._state_since, self._tell_at = agent.state, now, now + _TELL_AFTER_S
+        if now < self._tell_at or agent.state not in _WAITS or agent.invitation is None:
+            return
+        waits_s = now - self._state_since
+        self._tell_at = now + 2 * waits_s
+        waits_for = _WAITS[agent.state]
+        where: dict[str, Any] = {"run": agent.invitation.run_id, "round": agent.invitation.round_num}
+        log_event(
+            _log,
+            logging.INFO,
+            "still waiting",
+            **where,
+            agent=self.settings.agent_id,
+            waits_for=waits_for,
+            since_s=round(waits_s),
+        )
 
     def _on_worker(self, event: WorkerReplied | WorkerExited, now: float) -> None:
         if isinstance(event, WorkerExited):

@@ -232,6 +232,10 @@ def _misbehave(trained: Trained, fault: str) -> Trained:
             return Trained(state=state, num_examples=10**6)
         case "slow":
             time.sleep(_SLOW_S)
+        case "burn":
+            until = time.monotonic() + _SLOW_S
+            while time.monotonic() < until:
+                pass
         case _:
             return trained
     return Trained(state=state, num_examples=trained.num_examples)
