@@ -187,17 +187,12 @@ class Service:
             return
         waits_s = now - self._state_since
         self._tell_at = now + 2 * waits_s
-        waits_for = _WAITS[agent.state]
-        where: dict[str, Any] = {"run": agent.invitation.run_id, "round": agent.invitation.round_num}
-        log_event(
-            _log,
-            logging.INFO,
-            "still waiting",
-            **where,
-            agent=self.settings.agent_id,
-            waits_for=waits_for,
-            since_s=round(waits_s),
-        )
+        where: dict[str, Any] = {
+            "run": agent.invitation.run_id,
+            "round": agent.invitation.round_num,
+            "agent": self.settings.agent_id,
+        }
+        log_event(_log, logging.INFO, "still waiting", **where, waits_for=_WAITS[agent.state], since_s=round(waits_s))
 
     def _on_worker(self, event: WorkerReplied | WorkerExited, now: float) -> None:
         if isinstance(event, WorkerExited):
