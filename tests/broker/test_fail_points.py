@@ -65,8 +65,8 @@ def close_the_round_and_leave(federation: Federation, agents: list[Program]) -> 
 def both(transition: str, nth: int, *, hold: bool = False, disturb: Setting | None = None) -> list[Case]:
     """Before and after a transition is persisted."""
     return [
-        Case(f"coordinator.{when}.{transition}:{nth}", hold=hold, disturb=disturb, is_short=transition == "update")
-        for when in ("saving", "saved")
+        Case(f"coordinator.saving.{transition}:{nth}", hold=hold, disturb=disturb),
+        Case(f"coordinator.saved.{transition}:{nth}", hold=hold, disturb=disturb, is_short=transition == "update"),
     ]
 
 
