@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class DiskGuard:
         return self._parking.status(time.monotonic())
 
     def outlive(self, work: Callable[[float], None]) -> None:
-        """Do a part of a turn; where the disk fails, park the run, and go on with the next part.
+        """Do a part of a turn; where the disk fails, or memory is short, park the run, and go on with the next part.
 
         Raises:
             OSError: it failed in a way that will not pass.
@@ -91,6 +92,8 @@ class DiskGuard:
             if not survivable(error):
                 raise
             self._park(error, now)
+        except MemoryError:
+            self._park(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), now)
 
     def _park(self, error: OSError, now: float) -> None:
         self._driver.park()

@@ -45,7 +45,7 @@ def test_a_coordinator_killed_in_mid_round_goes_on_and_nothing_is_trained_again(
     assert federation.trainings("agent-0") == federation.trainings("agent-1") == each_once
 
 
-@pytest.mark.fault(1)
+@pytest.mark.fault(1, 2)
 def test_a_broker_killed_in_mid_round_forgets_everything_and_the_round_commits(broker, federation, tmp_path):
     federation.hold("agent-1", training=1)
     agents = federation.start_agents(2)

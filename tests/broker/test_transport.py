@@ -115,6 +115,7 @@ def test_a_will_fires_when_the_connection_breaks(broker, peer):
     )
 
 
+@pytest.mark.fault(35)
 def test_it_works_with_more_descriptors_than_select_can_watch(broker, peer):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
@@ -146,6 +147,7 @@ def test_no_will_fires_on_a_clean_stop_and_what_was_queued_is_sent(broker, peer)
     assert b"offline" not in [message.payload for message in watcher.messages()]
 
 
+@pytest.mark.fault(1)
 def test_after_a_brokers_restart_it_reconnects_and_messages_flow(broker, peer):
     agent = peer(broker.url, "a")
     agent.transport.subscribe(["t"])
@@ -202,6 +204,7 @@ class RaisingQueue(EventQueue):
         super().put(event, size_bytes)
 
 
+@pytest.mark.fault(25)
 def test_an_exception_for_a_message_loses_that_message_and_nothing_else(broker, peer, caplog):
     events = RaisingQueue(lambda event: isinstance(event, MessageReceived) and event.payload == b"bad", times=99)
     agent = peer(broker.url, "a", events=events)
@@ -214,6 +217,7 @@ def test_an_exception_for_a_message_loses_that_message_and_nothing_else(broker, 
     assert "event lost" in caplog.text
 
 
+@pytest.mark.fault(25)
 def test_an_exception_for_connected_makes_the_connection_again(broker, peer):
     events = RaisingQueue(lambda event: isinstance(event, Connected), times=2)
     agent = peer(broker.url, "a", events=events)
@@ -222,6 +226,7 @@ def test_an_exception_for_connected_makes_the_connection_again(broker, peer):
     agent.sync()
 
 
+@pytest.mark.fault(25)
 def test_an_exception_of_the_queue_itself_does_not_kill_the_thread(broker, peer):
     agent = peer(broker.url, "a")
     is_full, agent.events.is_full = agent.events.is_full, lambda: 1 // 0
@@ -248,6 +253,7 @@ def test_asking_for_no_topics_asks_for_nothing(broker, peer):
     agent.sync()
 
 
+@pytest.mark.fault(15)
 def test_while_nobody_takes_the_queue_stays_bounded_and_then_everything_comes(broker, peer):
     limit_bytes, size_bytes, count = 1_000_000, 100_000, 60
     sender = peer(broker.url, "a")

@@ -101,6 +101,7 @@ def test_a_clean_start_forgets_what_an_earlier_process_subscribed_to(mosquitto, 
     assert [message.topic for message in fresh.messages() if message.topic == "inbox"] == []
 
 
+@pytest.mark.fault(17)
 def test_two_connections_with_one_client_id_end_each_other_until_somebody_reads_why(mosquitto, peer):
     first = peer(mosquitto.url, "twin")
     first.transport._backoff.next_wait_s = lambda _: 0.05

@@ -66,6 +66,7 @@ def test_a_broker_that_is_only_starting_up_does_not_cost_version_5(scripted_brok
     assert agent.seen[-1] == Connected("5", None)
 
 
+@pytest.mark.fault(30)
 def test_a_broker_of_neither_version_needs_a_person(scripted_broker, peer):
     broker = scripted_broker(lambda connection, _: connection.send(REFUSED_VERSION))
     agent = peer(broker.url, "a", wait=False)
@@ -113,6 +114,7 @@ def test_a_broker_that_ends_the_connection_says_why(scripted_broker, peer, code,
     assert reason in agent.expect(Disconnected).reason
 
 
+@pytest.mark.fault(17)
 def test_after_a_takeover_it_waits_before_it_comes_back(scripted_broker, peer):
     def script(connection, version):
         connection.send(connack(version))
@@ -245,6 +247,7 @@ def test_published_means_that_the_broker_acknowledged(scripted_broker, peer):
     assert not any(isinstance(event, Published) for event in agent.seen)
 
 
+@pytest.mark.fault(16)
 def test_a_broker_that_falls_silent_is_noticed(scripted_broker, peer):
     def script(connection, version):
         connection.send(connack(version))

@@ -110,6 +110,7 @@ def test_a_broker_whose_ca_is_not_trusted_gets_nothing_from_us(start_tls, certif
     assert not any(isinstance(event, Connected) for event in agent.seen)
 
 
+@pytest.mark.fault(33)
 def test_a_certificate_for_another_name_is_not_trusted(start_tls, certificates, peer):
     agent = peer(
         f"mqtts://{start_tls(server='elsewhere')}", "a", wait=False, security={"ca_file": certificates / "ca.crt"}
