@@ -134,3 +134,15 @@ def test_who_asked_and_went_away_is_in_the_way_of_none(make_loop):
     assert gone.cancel()
     assert loop.told().outcome in ("failed", "nothing")
     assert gone.cancelled()
+
+
+def test_a_turn_without_memory_parks_the_run_as_a_full_disk_does(make_loop):
+    loop = make_loop()
+
+    def fails(now: float) -> None:
+        raise MemoryError
+
+    loop.service._guard.outlive(fails)
+    assert loop.service._guard.is_parked
+    assert loop.service._guard.status().startswith("waiting for the disk for 0 s: Cannot allocate memory")
+    assert loop.service._driver.run is None
