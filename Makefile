@@ -15,7 +15,7 @@ test: check
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest --faults --seeds 10000 --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest --faults --seeds 10000 --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 
-NUM_SEEDS = 20
-"""Seeds that are measured; the others add no line to these and the unit tests."""
-
 
 def first(num_measured: int, values: Iterable[Any]) -> list[Any]:
     """Parameters of a test, of which only the first are measured."""

@@ -19,6 +19,7 @@ from midge.transport.memory import Faults
 from tests.sim.harm import plan
 from tests.sim.ledger import Ledger
 from tests.sim.scenario import LINKS
+from tests.sim.seeds import each
 from tests.sim.world import World
 
 ROUNDS = 5
@@ -35,7 +36,13 @@ def draw(seed: int) -> World:
     return world
 
 
-def test_rounds_are_committed_whatever_the_network_and_crashes_do(seed):
+@pytest.mark.fault(1, 3, 4, 5, 6, 16)
+def test_rounds_are_committed_whatever_the_network_and_crashes_do(seeds, recovery):
+    each(seeds, commits_all_rounds)
+    recovery.tried(len(seeds))
+
+
+def commits_all_rounds(seed: int) -> None:
     world = draw(seed)
     try:
         world.start()
