@@ -182,7 +182,12 @@ class AgentProcess(Process):
     # What comes in.
 
     def _take(self, event: TransportEvent) -> None:
-        self.driver.handle(event, self.now())
+        try:
+            self.driver.handle(event, self.now())
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise AssertionError(f"I11: {event} raises {error!r}") from error
         self._settled()
 
     def _on_deadline(self, now: float) -> None:

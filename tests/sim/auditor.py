@@ -12,6 +12,9 @@ coordinator publishes. Each assertion names its invariant, as docs and design do
     I8  nothing grows without bound
     I9  accepted + rejected + late + duplicate = received, in the store and in what observers are told
     I10 the same accepted set gives the same digest
+
+Most are asserted on what is done, at the moment when it is done; `check` asserts them on what there is, at any moment. Two
+are not here: I6, liveness, is for whoever lets time pass; I11, that nothing which comes can raise, is in the processes.
 """
 
 from __future__ import annotations
@@ -164,6 +167,29 @@ class Auditor:
     def noted_update(self, outcome: str, reason: str = "") -> None:
         """An observer was told of an update's fate."""
         self.noted[outcome, reason] += 1
+
+    # At any moment.
+
+    def check(self) -> None:
+        """Assert of what is stored, retained and on its way that no invariant is broken."""
+        federation = self._federation
+        store, rows = federation.store, federation.store.version_rows
+        assert [row["round_num"] for row in rows] == list(range(len(rows))), f"I1: versions {rows}"
+        assert [row["parent"] for row in rows] == [None, *(row["digest"] for row in rows)][: len(rows)], f"I1: {rows}"
+        for (round_num, agent_id), update in store.update_rows.items():
+            assert self.counted[round_num, agent_id] == update.update_digest, f"I2: {agent_id} in round {round_num}"
+            base_digest = self.truth[update.update_digest].base_digest
+            assert base_digest == rows[round_num - 1]["digest"], f"I3: {update} was trained on {base_digest}"
+        if rows:
+            assert np.isfinite(federation.models.open(rows[-1]["digest"]).elements).all(), "I4: the model is not finite"
+        for round_num, updates in self._aggregated.items():
+            assert len(updates) >= federation.config.round.quorum, f"I5: round {round_num} of {len(updates)} updates"
+        assert store.epoch == max(self._epochs, default=0), f"I7: epoch {store.epoch} of {self._epochs}"
+        self._check_growth()
+        settled = sum(count for (outcome, _), count in store.tally_rows.items() if outcome != "received")
+        assert settled <= store.tally_rows.get(("received", ""), 0), f"I9: {store.tally_rows}"
+        expected = federation.expected_chain[: len(rows)]
+        assert not expected or [row["digest"] for row in rows] == expected, "I10: not the fault-free run's versions"
 
     # After each turn of the coordinator.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from coordinator import run_events as ev
 from coordinator.cohort import Change, Fleet
 from coordinator.disk import Parking, survivable
-from coordinator.driver import Driver, presence_payload
+from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.resume import resume
 from coordinator.retention import Retention
 from coordinator.run import Run
@@ -152,7 +152,12 @@ class CoordinatorProcess(Process):
         if isinstance(event, OSError):
             raise event
         if isinstance(event, _FROM_BROKER):
-            self.driver.handle(event, now)
+            try:
+                self.driver.handle(event, now)
+            except (AssertionError, OSError, SupersededError):
+                raise
+            except Exception as error:
+                raise AssertionError(f"I11: {event} raises {error!r}") from error
         else:
             self.driver.step(event, now)
 

@@ -98,6 +98,11 @@ class Process:
         self._deadline = deadline
         self.wake_at = deadline - self._clock_offset
 
+    def leap(self, seconds: float) -> None:
+        """Its clock goes on by so much at once, as that of a machine that was suspended: no monotonic clock goes back."""
+        self._clock_offset += seconds
+        self.wake_at = max(self.federation.now, self._deadline - self._clock_offset)
+
     def call_later(self, delay_s: float, action: Callable[[], None]) -> None:
         """Have `action` called, unless the process is killed before."""
         generation = self.generation

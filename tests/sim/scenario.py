@@ -24,7 +24,7 @@ RECOVERY_S = 200.0
 """Once faults stop, the next version is committed within this time (I6). The sum of the longest waits: the report deadline
 of the attempt under way (30 s), the pause after an abandoned one (60 s), selection (10 s) with its roll call (10 s), one
 more report deadline for agents that never report (30 s), and a half on top."""
-_BOUNDS = {"selection_deadline_s": 10.0, "acceptance_deadline_s": 6.0, "report_deadline_s": 30.0}
+BOUNDS = {"selection_deadline_s": 10.0, "acceptance_deadline_s": 6.0, "report_deadline_s": 30.0}
 
 LINKS = (
     CLEAN,
@@ -72,7 +72,7 @@ def draw(seed: int) -> Scenario:
     )
     for _ in range(rng.randrange(1, 12)):
         _schedule(scenario, rng)
-    federation.at(FAULTS_S, lambda: _heal(scenario), "faults stop")
+    federation.at(FAULTS_S, lambda: heal(federation), "faults stop")
     return scenario
 
 
@@ -89,16 +89,14 @@ def _honest(rng: random.Random, *, may_vary: bool) -> Behaviour:
 
 def _strict_round(num_honest: int) -> RoundConfig:
     """Every honest agent counts in every round: each version is then that of the fault-free run."""
-    return RoundConfig(minimum=num_honest, quorum=num_honest, **_BOUNDS)
+    return RoundConfig(minimum=num_honest, quorum=num_honest, **BOUNDS)
 
 
 def _some_round(rng: random.Random, num_lasting: int) -> RoundConfig:
     quorum = rng.randint(1, num_lasting)
     target = rng.choice((0, rng.randint(quorum, num_lasting)))
     minimum = rng.randint(quorum, num_lasting)
-    return RoundConfig(
-        target=target, minimum=minimum, quorum=quorum, over_select=rng.choice((1.0, 1.3, 2.0)), **_BOUNDS
-    )
+    return RoundConfig(target=target, minimum=minimum, quorum=quorum, over_select=rng.choice((1.0, 1.3, 2.0)), **BOUNDS)
 
 
 # What happens.
@@ -231,9 +229,8 @@ def _stop(federation: Federation, process: Process, rng: random.Random) -> None:
         federation.at(federation.now + rng.uniform(0.1, 8.0), lambda: federation.restart(process))
 
 
-def _heal(scenario: Scenario) -> None:
+def heal(federation: Federation) -> None:
     """Everything that can be well is well from now on; what is on its way still comes."""
-    federation = scenario.federation
     federation.broker.faults = CLEAN
     if not federation.broker.is_up:
         federation.broker.start()
