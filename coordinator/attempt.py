@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from coordinator import round_events as rounds
 from coordinator import run_events as ev
 from coordinator.admission import Gates, Rejection
+from coordinator.quarantine import CONTENT_REASONS, Quarantine, Strike
 from coordinator.round import WAITING, MemberState, Round, RoundState
 from coordinator.run_config import RunConfig
 from coordinator.uplink import Uplink, Verdict
@@ -25,6 +26,7 @@ from midge.wire.frames import Frame, Framing, run_tag
 from midge.wire.messages import (
     Acceptance,
     Cancel,
+    CancelReason,
     Credit,
     Invitation,
     Progress,
@@ -40,7 +42,7 @@ _MAX_REPLACEMENTS = 8
 _SHOWN_DETAIL = 120
 """Characters of what an agent says of its refusal that go into the reason of an abandoned round."""
 
-Output = ev.Command | rounds.Commit | rounds.Abandon
+Output = ev.Command | rounds.Check | rounds.Commit | rounds.Abandon
 M = TypeVar("M", Invitation, Credit, Receipt, Cancel)
 
 
@@ -101,6 +103,7 @@ class Attempt:
         gates: the run's.
         accepted: updates of this round that count, of this and earlier attempts; shared with the run.
         tallies: the run's; shared.
+        quarantine: the run's; shared.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Attempt:
         gates: Gates,
         accepted: dict[str, ev.AcceptedUpdate],
         tallies: Tallies,
+        quarantine: Quarantine,
     ) -> None:
         self.config = config
         self.round = round_machine
@@ -124,6 +128,7 @@ class Attempt:
         self.server_state = server_state
         self.accepted = accepted
         self.tallies = tallies
+        self.quarantine = quarantine
         self.began_at = self.phase_began_at = round_machine.now
         self._gates = gates
         self._is_selecting = round_machine.state is RoundState.SELECTING
@@ -282,13 +287,26 @@ class Attempt:
         return [*outputs, self._accept_receipt(agent_id), *self.step(rounds.UpdateAccepted(agent_id), now)]
 
     def _reject(self, agent_id: str, header: UpdateHeader, rejection: Rejection, now: float) -> list[Output]:
-        outputs: list[Output] = [self._reject_receipt(agent_id, header, rejection)]
+        struck: list[Output] = []
+        if self.round.state_of(agent_id) is not None and rejection.reason in CONTENT_REASONS:
+            struck = self.strike(agent_id, rejection.reason)
+            if agent_id in self.quarantine.held:
+                rejection = Rejection(rejection.reason, f"{self.quarantine.why(agent_id)}; {rejection.detail}")
+        outputs: list[Output] = [self._reject_receipt(agent_id, header, rejection), *struck]
         if self.round.state_of(agent_id) is not None:
             self._rejections[agent_id] = rejection
             outputs += self._end_transfer(agent_id, header, now)
         outputs.append(self._settle(agent_id, "rejected", rejection.reason, rejection.detail))
         if self.round.is_open_to(agent_id):
             outputs += self.step(rounds.UpdateRejected(agent_id, rejection.reason), now)
+        return outputs
+
+    def strike(self, agent_id: str, reason: str) -> list[Output]:
+        """Note a strike against an agent; it is told where that puts it into quarantine."""
+        strike = Strike(self.round.round_num, self.round.attempt, agent_id, reason)
+        outputs: list[Output] = [ev.SaveStrike(strike)]
+        if self.quarantine.add(strike):
+            outputs += quarantined(agent_id, self.quarantine, self.address)
         return outputs
 
     def _end_transfer(self, agent_id: str, header: UpdateHeader, now: float) -> list[Output]:
@@ -370,8 +388,11 @@ class Attempt:
                     updates = tuple(self.accepted[agent_id] for agent_id in agent_ids)
                     round_num, base = self.round.round_num, self.model_digest
                     outputs.append(ev.AggregateUpdates(round_num, base, updates, self.server_state))
-                case rounds.Commit():
+                case rounds.Check():
                     outputs += [self._phase_ended("aggregating", now), command]
+                case rounds.Commit():
+                    outputs += [] if self.round.config.is_checked else [self._phase_ended("aggregating", now)]
+                    outputs.append(command)
                 case rounds.Abandon():
                     outputs.append(command)
         return outputs
@@ -417,11 +438,17 @@ class Attempt:
         assert self.uplink.transfers.keys() <= waiting, "credit is kept for agents that are not waited for"
 
 
-def cancel(agent_id: str, address: Address, reason: str = "late") -> ev.Send:
+def quarantined(agent_id: str, quarantine: Quarantine, address: Address) -> list[ev.Command]:
+    """What is said of an agent in quarantine, and to it."""
+    note = ev.AgentQuarantined(agent_id, quarantine.held[agent_id], quarantine.why(agent_id))
+    return [note, cancel(agent_id, address, "quarantined")]
+
+
+def cancel(agent_id: str, address: Address, reason: CancelReason = "late") -> ev.Send:
     """Tell an agent that this work is not wanted any more."""
     return ev.Send(agent_id, address.on(Cancel, reason=reason))
 
 
-def turn_away(agent_id: str, header: UpdateHeader, epoch: int, reason: str = "late") -> list[ev.Send]:
+def turn_away(agent_id: str, header: UpdateHeader, epoch: int, reason: CancelReason = "late") -> list[ev.Send]:
     """Tell an agent that its update is not wanted; one that works for a newer coordinator than ours is left to that."""
     return [] if header.epoch > epoch else [cancel(agent_id, address_of(header), reason)]

@@ -29,6 +29,10 @@ class AgentView(msgspec.Struct):
     activity: str = "idle"
     fraction: float = 0.0
     detail: str = ""
+    quarantined_until: int = 0
+    """Last round of its quarantine; 0: it is in none."""
+    quarantine: str = ""
+    """Why, in words."""
 
 
 class RoundView(msgspec.Struct):

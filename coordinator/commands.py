@@ -453,16 +453,24 @@ def _score_view(score: Evaluation | None) -> dict[str, Any] | None:
     return None if score is None else msgspec.to_builtins(score)
 
 
-def _agent_now(row: Mapping[str, Any], board: Mapping[str, Any] | None) -> dict[str, str]:
+def _agent_now(row: Mapping[str, Any], board: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is known of an agent now, of its row in the database and the board of the coordinator, where one runs."""
     seen = {} if board is None else {agent["agent_id"]: agent for agent in board["agents"]}.get(row["agent_id"], {})
     activity, detail = seen.get("activity", ""), seen.get("detail", "")
     if "presence" in seen or row["state"] == "offline":
-        return {"presence": seen.get("presence", row["state"]), "activity": activity, "detail": detail}
+        now = {"presence": seen.get("presence", row["state"]), "activity": activity, "detail": detail}
+        return now | {key: seen[key] for key in ("quarantined_until", "quarantine") if key in seen}
     if board is not None:  # it has not been heard of since that coordinator started
         return {"presence": "silent", "activity": "", "detail": ""}
     at = row["changed_at"][:16].replace("T", " ")
     return {"presence": "unknown", "activity": "", "detail": f"no coordinator runs; it came at {at} UTC"}
+
+
+def _doing(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What an agent does, and what there is to say of it."""
+    if row.get("quarantined_until"):
+        return "quarantined", row["quarantine"].removeprefix("quarantined ")
+    return row["activity"], row.get("detail", "")
 
 
 def _show_agents(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -472,7 +480,8 @@ def _show_agents(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table("agent", "presence", "doing", "detail")
     for row in rows:
         # The detail is an agent's own text: without `escape`, brackets in it would be taken for markup.
-        table.add_row(row["agent_id"], row["presence"], row["activity"], escape(row.get("detail", "")))
+        activity, detail = _doing(row)
+        table.add_row(row["agent_id"], row["presence"], activity, escape(detail))
     _console.print(table)
 
 

@@ -119,6 +119,34 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
             ge=0, le=1e15, description="Largest L2 norm of a step over that of the model; more is refused; 0: no bound."
         ),
     ] = 10.0
+    max_loss_ratio: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="Largest loss on test data of a new version over that of the one before; more is refused; 0: no bound.",
+        ),
+    ] = 0.0
+    max_accuracy_drop: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="Most accuracy on test data that a new version may lose, as a fraction; more is refused; 0: no bound.",
+        ),
+    ] = 0.0
+    quarantine_after: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1000,
+            description="Rejected updates of an agent after which it is not invited for a while; 0: never.",
+        ),
+    ] = 3
+    quarantine_window: Annotated[int, Meta(ge=1, le=1000, description="Rounds that these rejections lie in.")] = 20
+    quarantine_rounds: Annotated[
+        int, Meta(ge=1, le=1000, description="Rounds for which such an agent is not invited.")
+    ] = 10
     norm_bound: Annotated[
         float, Meta(ge=0, le=1e15, description="Largest L2 norm of an acceptable delta; 0: no bound.")
     ] = 0.0
@@ -238,6 +266,10 @@ def check(settings: Settings) -> list[Problem]:
         if 0 < settings.cohort < number:
             text = f"is {number}, above cohort ({settings.cohort}): lower it, raise cohort, or let cohort be 0 (every agent)"
             found.append(Problem(key, text, ("cohort",)))
+    for key in ("max_loss_ratio", "max_accuracy_drop"):
+        if getattr(settings, key) and not settings.evaluate:
+            text = f"is {getattr(settings, key):g}, and versions are not evaluated (evaluate): switch that on, or leave it out"
+            found.append(Problem(key, text, ("evaluate",)))
     return found + _check_strategy(settings)
 
 

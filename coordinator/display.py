@@ -231,6 +231,8 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def _doing(agent: AgentView) -> Text:
+    if agent.quarantined_until:
+        return Text("quarantined", style="red")
     word = _WORDS.get(agent.activity, agent.activity)
     return Text(word.ljust(_WORD_WIDTH), style=_STYLES.get(agent.activity, ""))
 

@@ -98,7 +98,7 @@ class SpoolLike(Protocol):
 class ComputeLike(Protocol):
     """What the driver has done by others; results come back through `Driver.step`."""
 
-    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+    def ask(self, command: ev.Computation, now: float) -> None:
         """Begin."""
 
 
@@ -481,7 +481,7 @@ class Driver:
             case ev.CallRoll():
                 spread_s = len(self.fleet.agents) / _ROLL_CALL_RATE
                 self._publish(self.topics.rollcall, encode(RollCall(epoch=self.epoch, spread_s=spread_s)), "control")
-            case ev.PrepareModel() | ev.EvaluateModel() | ev.AggregateUpdates():
+            case ev.PrepareModel() | ev.EvaluateModel() | ev.AggregateUpdates() | ev.DiscardModel():
                 self._compute.ask(command, now)
             case _ if isinstance(command, ev.NOTES):
                 if isinstance(command, ev.UpdateReceived):

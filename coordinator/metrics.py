@@ -275,6 +275,14 @@ class Metrics:
         label = NO_REASON if outcome != "rejected" else _bounded(reason, REJECT_REASONS)
         self._of(self._updates, run, outcome, label).inc()
 
+    def candidate_refused(self, run: str) -> None:
+        """The held-out gate refused what an attempt came to."""
+        self._of(self._candidates_refused, run).inc()
+
+    def quarantined(self, run: str, num_agents: int) -> None:
+        """So many agents are in quarantine."""
+        self._of(self._quarantined, run).set(num_agents)
+
     def refusal(self, run: str, reason: str) -> None:
         """An agent takes no part in a round, for `reason` (a `RefusalReason`)."""
         self._of(self._refusals, run, _bounded(reason, REFUSAL_REASONS)).inc()
@@ -399,6 +407,10 @@ class Metrics:
             [(outcome, NO_REASON) for outcome in get_args(UpdateOutcome) if outcome != "rejected"]
             + [("rejected", reason) for reason in REJECT_REASONS],
         )
+        self._candidates_refused = new(
+            Counter, "midge_candidates_refused_total", "Aggregated models that the held-out gate refused."
+        )
+        self._quarantined = new(Gauge, "midge_agents_quarantined", "Agents that are not invited for a while.")
         self._refusals = new(
             Counter, "midge_refusals_total", "Refusals by agents.", ("reason",), [(each,) for each in REFUSAL_REASONS]
         )

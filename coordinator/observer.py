@@ -74,6 +74,9 @@ class Watch:
         if self.run_id and self.run_id != run_id:
             self._metrics.forget_run(self.run_id)
         self.run_id, self.target, self.quorum = run_id, target, quorum
+        with self._shared.lock:
+            for view in self._shared.board.agents.values():
+                view.quarantined_until, view.quarantine = 0, ""
         self._metrics.run_state(run_id, "waiting")
 
     def note(self, note: ev.Note) -> None:
@@ -273,6 +276,17 @@ class Watch:
                 self._metrics.phase_ended(run, cast("Any", phase), duration_s)
             case ev.RoundEnded():
                 self._round_ended(note)
+            case ev.CandidateJudged(round_num, attempt, reason, left_out):
+                self._metrics.candidate_refused(run)
+                left = ", ".join(left_out) or "nobody"
+                at: dict[str, Any] = {"run": run, "round": round_num, "attempt": attempt}
+                log_event(_log, logging.WARNING, "candidate refused", **at, reason=reason, left_out=left)
+            case ev.AgentQuarantined(agent_id, last_round, detail):
+                self._quarantine(agent_id, last_round, detail)
+                log_event(_log, logging.WARNING, "agent quarantined", run=run, agent=agent_id, detail=detail)
+            case ev.AgentReleased(agent_id):
+                self._quarantine(agent_id, 0, "")
+                log_event(_log, logging.INFO, "agent released from quarantine", run=run, agent=agent_id)
             case ev.AgentSpoke(agent_id, state, fraction, reason, detail):
                 view = self._agent(agent_id)
                 # Who took its invitation fetches the model first; "accepted" is said of updates here.
@@ -290,6 +304,14 @@ class Watch:
                 self._metrics.stale_message(cast("Any", kind))
             case ev.UpdateSettled(agent_id, outcome, reason, detail):
                 self._update_settled(agent_id, outcome, reason, detail)
+
+    def _quarantine(self, agent_id: str, last_round: int, detail: str) -> None:
+        view = self._agent(agent_id)
+        if bool(view.quarantined_until) != bool(last_round) and last_round:
+            self._shared.board.add_event(f"{agent_id} is {detail}")
+        view.quarantined_until, view.quarantine = last_round, detail
+        agents = self._shared.board.agents.values()
+        self._metrics.quarantined(self.run_id, sum(bool(one.quarantined_until) for one in agents))
 
     def _update_settled(self, agent_id: str, outcome: str, reason: str, detail: str) -> None:
         self._metrics.update(self.run_id, cast("Any", outcome), reason or None)
@@ -372,7 +394,7 @@ class Watch:
                 if save.best_value is not None:
                     self._metrics.best(run, save.best_value)
             case ev.SaveAttempt():
-                states = list(save.members.values())
+                states = [state for state in save.members.values() if state is not MemberState.LEFT_OUT]
                 accepted = sum(state in _AFTER_ACCEPTANCE for state in states)
                 self._metrics.cohort(run, len(states), accepted, states.count(MemberState.REPORTED))
                 for agent_id, state in save.members.items():
@@ -381,6 +403,8 @@ class Watch:
                         member.activity, member.fraction, member.detail = "invited", 0.0, ""
                     elif state is MemberState.LOST:
                         member.activity = "lost"
+                    elif state is MemberState.LEFT_OUT:
+                        member.activity = "left out"
             case _:
                 pass
 

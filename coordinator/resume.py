@@ -58,6 +58,8 @@ def resume(store: Store, models: ModelStore, run_id: str) -> Resumed | None:
         unevaluated=unevaluated,
         best=best,
         tallies=store.tallies(run_id),
+        score=last["central"],
+        strikes=store.strikes(run_id),
     )
 
 

@@ -45,6 +45,12 @@ class Retention:
             if digest is not None and digest != self._best_digest:
                 self._models.delete(digest)
 
+    def refused(self, digest: str, server_state: str | None) -> None:
+        """A candidate was refused: its files go, unless a version or a base model has the same content."""
+        for one in (digest, server_state):
+            if one is not None and not self._store.uses(one):
+                self._models.delete(one)
+
     def _digest(self, run_id: str, round_num: int | None) -> str | None:
         versions = self._store.versions(run_id) if round_num is not None else []
         return next((row["digest"] for row in versions if row["round_num"] == round_num), None)

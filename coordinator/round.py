@@ -7,28 +7,32 @@ States
     SELECTING    fewer agents are there than the least cohort; waits for more until the selection deadline
     COLLECTING   the cohort is invited; waits for updates until enough came, nobody is left to wait for, or the deadline
     AGGREGATING  the accepted updates are being averaged
+    CHECKING     what they came to is being compared with the version before it; only where that is asked for
     COMMITTED    the new version is stored (final)
     ABANDONED    the attempt failed, for the reason that it carries (final)
 
-Events               SELECTING  COLLECTING  AGGREGATING  COMMITTED  ABANDONED
-    FleetChanged     legal      legal       ignored      ignored    ignored
-    AgentAccepted    ignored    legal       ignored      ignored    ignored
-    AgentRefused     ignored    legal       ignored      ignored    ignored
-    AgentLost        ignored    legal       ignored      ignored    ignored
-    AgentReturned    ignored    legal       ignored      ignored    ignored
-    UpdateAccepted   illegal    legal       illegal      illegal    illegal
-    UpdateRejected   illegal    legal       illegal      illegal    illegal
-    Aggregated       illegal    illegal     legal        illegal    illegal
-    AggregationFailed illegal   illegal     legal        illegal    illegal
-    CloseRequested   legal      legal       ignored      ignored    ignored
-    TimePassed       legal      legal       legal        legal      legal
+Events               SELECTING  COLLECTING  AGGREGATING  CHECKING  COMMITTED  ABANDONED
+    FleetChanged     legal      legal       ignored      ignored   ignored    ignored
+    AgentAccepted    ignored    legal       ignored      ignored   ignored    ignored
+    AgentRefused     ignored    legal       ignored      ignored   ignored    ignored
+    AgentLost        ignored    legal       ignored      ignored   ignored    ignored
+    AgentReturned    ignored    legal       ignored      ignored   ignored    ignored
+    UpdateAccepted   illegal    legal       illegal      illegal   illegal    illegal
+    UpdateRejected   illegal    legal       illegal      illegal   illegal    illegal
+    Aggregated       illegal    illegal     legal        illegal   illegal    illegal
+    AggregationFailed  illegal  illegal     legal        illegal   illegal    illegal
+    CandidatePassed  illegal    illegal     illegal      legal     illegal    illegal
+    CandidateRefused illegal    illegal     illegal      legal     illegal    illegal
+    CloseRequested   legal      legal       ignored      ignored   ignored    ignored
+    TimePassed       legal      legal       legal        legal     legal      legal
 
 What is ignored is late or double: normal on MQTT. What is illegal is our own bug, since the driver decides when to send it: it
 raises. An event of an agent that is not in the cohort is ignored in every state.
 
 Members of the cohort: INVITED -> ACCEPTED -> REPORTED, or REFUSED, REJECTED (its update failed a gate) or LOST (offline,
 or silent since the invitation; what is reserved for it is released). A lost member that comes back is invited again. For
-one that refused, was rejected or lost, the next agent of the draw is invited.
+one that refused, was rejected or lost, the next agent of the draw is invited. A member that is LEFT_OUT takes no part in this
+attempt, nor in later ones at this round: a candidate that its update went into was refused.
 
 The draw is random by the run's seed; or, where agents are visited in turn, it is a fixed order that each round begins one
 place later, so that whoever is not there is passed over.
@@ -53,6 +57,9 @@ from coordinator.round_events import (
     Aggregate,
     Aggregated,
     AggregationFailed,
+    CandidatePassed,
+    CandidateRefused,
+    Check,
     CloseRequested,
     Command,
     Commit,
@@ -78,6 +85,7 @@ class RoundState(enum.StrEnum):
     SELECTING = "selecting"
     COLLECTING = "collecting"
     AGGREGATING = "aggregating"
+    CHECKING = "checking"
     COMMITTED = "committed"
     ABANDONED = "abandoned"
 
@@ -91,10 +99,15 @@ class MemberState(enum.StrEnum):
     REFUSED = "refused"
     REJECTED = "rejected"
     LOST = "lost"
+    LEFT_OUT = "left_out"
 
 
 WAITING = (MemberState.INVITED, MemberState.ACCEPTED)
-_SAID = {MemberState.ACCEPTED: "took the invitation", MemberState.REJECTED: "sent an update that was rejected"}
+_SAID = {
+    MemberState.ACCEPTED: "took the invitation",
+    MemberState.REJECTED: "sent an update that was rejected",
+    MemberState.LEFT_OUT: "is left out",
+}
 """What a person would misread, in other words: "accepted" and "rejected" are said of updates, too."""
 
 
@@ -111,6 +124,7 @@ class RoundConfig:
         acceptance_deadline_s: an invited agent that says nothing for so long is lost.
         report_deadline_s: wait for updates at most this long after the first invitation.
         in_turn: agents are visited one after the other: `target`, `minimum` and `quorum` are 1 then.
+        is_checked: whether what was aggregated is compared with the version before it.
         visit_order: the order; agents that are not in it are never visited. Empty: all, in order of their ids.
     """
 
@@ -122,14 +136,17 @@ class RoundConfig:
     acceptance_deadline_s: float = 20.0
     report_deadline_s: float = 600.0
     in_turn: bool = False
+    is_checked: bool = False
     visit_order: tuple[str, ...] = ()
 
 
+_OURS = (UpdateAccepted, UpdateRejected, Aggregated, AggregationFailed, CandidatePassed, CandidateRefused)
 _PEER = (FleetChanged, AgentAccepted, AgentRefused, AgentLost, AgentReturned, CloseRequested, TimePassed)
 LEGAL: Mapping[RoundState, tuple[type, ...]] = {
     RoundState.SELECTING: (FleetChanged, CloseRequested, TimePassed),
     RoundState.COLLECTING: (*_PEER, UpdateAccepted, UpdateRejected),
     RoundState.AGGREGATING: (Aggregated, AggregationFailed, TimePassed),
+    RoundState.CHECKING: (CandidatePassed, CandidateRefused, TimePassed),
     RoundState.COMMITTED: (TimePassed,),
     RoundState.ABANDONED: (TimePassed,),
 }
@@ -186,6 +203,7 @@ class Round:
         seed: the run's.
         now: monotonic seconds.
         failures: how often an agent was invited to earlier attempts at this round and did not report.
+        left_out: agents that this attempt does without.
     """
 
     config: RoundConfig
@@ -197,6 +215,7 @@ class Round:
     reason: str = ""
     digest: str = ""
     failures: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     _available: frozenset[str] = frozenset()
     _members: dict[str, _Member] = field(default_factory=dict)
     _num_invited_first: int = 0
@@ -207,6 +226,8 @@ class Round:
 
     def __post_init__(self) -> None:
         self._ends_at = self._wake_at = self.now + self.config.selection_deadline_s
+        for agent_id in self.left_out:
+            self._members[agent_id] = _Member(MemberState.LEFT_OUT)
 
     @classmethod
     def restore(
@@ -222,14 +243,17 @@ class Round:
     ) -> Round:
         """The machine as it was persisted. Deadlines begin anew: no clock outlives a process.
 
+        What was being checked is aggregated again, to the same bits.
+
         Members that were still awaited are invited again by `resume`, which must come first.
         """
-        self = cls(config, round_num, attempt, seed, now)
-        self.state = state
+        left_out = tuple(agent_id for agent_id, one in members.items() if one is MemberState.LEFT_OUT)
+        self = cls(config, round_num, attempt, seed, now, left_out=left_out)
+        self.state = RoundState.AGGREGATING if state is RoundState.CHECKING else state
         for agent_id, member_state in members.items():
             resend_at = now if member_state in WAITING else math.inf
             self._members[agent_id] = _Member(member_state, invited_at=now, resend_at=resend_at, left_at=now)
-        self._num_invited_first = self._num_to_invite(len(members))
+        self._num_invited_first = self._num_to_invite(len(self._invited))
         if state is RoundState.COLLECTING:
             self._ends_at = now + config.report_deadline_s
         self._wake_at = self._next_wake()
@@ -249,7 +273,7 @@ class Round:
         if type(event) in LEGAL[self.state]:
             commands += self._apply(event)
             commands += self._settle()
-        elif isinstance(event, UpdateAccepted | UpdateRejected | Aggregated | AggregationFailed):
+        elif isinstance(event, _OURS):
             raise IllegalEventError(
                 f"round {self.round_num}, attempt {self.attempt}: got {event} in state {self.state}; legal here: "
                 f"{', '.join(kind.__name__ for kind in LEGAL[self.state])}. The story: {'; '.join(self._story)}"
@@ -300,12 +324,16 @@ class Round:
         match self.state:
             case RoundState.SELECTING:
                 left = in_words(self.deadline() - now)
-                return f"waiting for agents: {len(self._available)} of {self.config.minimum} are there (gives up in {left})"
+                return (
+                    f"waiting for agents: {len(self._eligible)} of {self.config.minimum} are there (gives up in {left})"
+                )
             case RoundState.COLLECTING:
                 left = in_words(min(self._ends_at, math.inf if self._num_awaited else self._grace_ends_at()) - now)
                 return f"{len(self.reported)} of {self._wanted} updates, {self._waiting_for()} (at most {left})"
             case RoundState.AGGREGATING:
                 return f"averaging {len(self.reported)} updates"
+            case RoundState.CHECKING:
+                return "comparing the candidate with the version before it"
             case RoundState.COMMITTED:
                 return f"committed {self.digest[:12]} from {len(self.reported)} updates"
             case RoundState.ABANDONED:
@@ -333,7 +361,7 @@ class Round:
 
     def check(self) -> None:
         """Assert the invariants that hold between any two steps."""
-        if self.state in (RoundState.AGGREGATING, RoundState.COMMITTED):
+        if self.state in (RoundState.AGGREGATING, RoundState.CHECKING, RoundState.COMMITTED):
             assert self._num_reported >= self.config.quorum, "I5: fewer updates than the quorum"
         if self.state is RoundState.COMMITTED:
             assert self.digest, "a committed round without a digest"
@@ -350,7 +378,7 @@ class Round:
         commands: list[Command] = []
         if self.state is RoundState.SELECTING and self.now >= self._ends_at:
             commands = self._abandon(
-                f"{len(self._available)} of {self.config.minimum} agents were there after "
+                f"{len(self._eligible)} of {self.config.minimum} agents were there after "
                 f"{self.config.selection_deadline_s:g} s; start more agents or lower min_agents"
             )
         elif self.state is RoundState.COLLECTING:
@@ -418,12 +446,19 @@ class Round:
         match event:
             case FleetChanged(available):
                 self._available = available
-                if self.state is RoundState.SELECTING and len(available) >= self.config.minimum:
+                if self.state is RoundState.SELECTING and len(self._eligible) >= self.config.minimum:
                     return self._select()
             case Aggregated(digest):
-                self.state = RoundState.COMMITTED
+                self.state = RoundState.CHECKING if self.config.is_checked else RoundState.COMMITTED
                 self.digest = digest
-                return [Commit(digest)]
+                return [Check(digest) if self.config.is_checked else Commit(digest)]
+            case CandidatePassed():
+                self.state = RoundState.COMMITTED
+                return [Commit(self.digest)]
+            case CandidateRefused(reason, left_out):
+                for agent_id in left_out:
+                    self._fail(self._members[agent_id], MemberState.LEFT_OUT, "", self.now)
+                return self._abandon(reason)
             case AggregationFailed(reason):
                 return self._abandon(reason)
             case CloseRequested():
@@ -436,7 +471,7 @@ class Round:
         return []
 
     def _apply_to_member(self, member: _Member, event: Event) -> list[Command]:
-        done = member.state in (MemberState.REPORTED, MemberState.REJECTED, MemberState.REFUSED)
+        done = member.state not in (*WAITING, MemberState.LOST)
         match event:
             case UpdateAccepted():
                 member.state = MemberState.REPORTED
@@ -461,7 +496,7 @@ class Round:
         return self._replace()
 
     def _select(self) -> list[Command]:
-        chosen = self._draw(self._available)[: self._num_to_invite(len(self._available))]
+        chosen = self._draw(self._eligible)[: self._num_to_invite(len(self._eligible))]
         self.state = RoundState.COLLECTING
         self._ends_at = self.now + self.config.report_deadline_s
         self._num_invited_first = len(chosen)
@@ -531,8 +566,17 @@ class Round:
         return [Dismiss(waiting)] if waiting else []
 
     @property
+    def _eligible(self) -> frozenset[str]:
+        """Agents that are there, and that this attempt need not do without."""
+        return self._available.difference(self.left_out)
+
+    @property
+    def _invited(self) -> list[str]:
+        return [agent_id for agent_id, member in self._members.items() if member.state is not MemberState.LEFT_OUT]
+
+    @property
     def _wanted(self) -> int:
-        return self.config.target or len(self._members)
+        return self.config.target or len(self._invited)
 
     def _shortfall(self, when: str) -> str:
         why = [

@@ -66,6 +66,17 @@ class AggregationFailed(Struct, frozen=True):
     reason: str
 
 
+class CandidatePassed(Struct, frozen=True):
+    """The new version is no worse than the held-out gate allows."""
+
+
+class CandidateRefused(Struct, frozen=True):
+    """It is; the next attempt is to do without these agents' updates."""
+
+    reason: str
+    left_out: tuple[str, ...] = ()
+
+
 class CloseRequested(Struct, frozen=True):
     """The operator wants the round to end with what has come."""
 
@@ -84,6 +95,8 @@ Event = (
     | UpdateRejected
     | Aggregated
     | AggregationFailed
+    | CandidatePassed
+    | CandidateRefused
     | CloseRequested
     | TimePassed
 )
@@ -116,6 +129,12 @@ class Aggregate(Struct, frozen=True):
     agent_ids: tuple[str, ...]
 
 
+class Check(Struct, frozen=True):
+    """Compare this candidate with its parent; `CandidatePassed` or `CandidateRefused` follows."""
+
+    digest: str
+
+
 class Commit(Struct, frozen=True):
     """Make this version the current one."""
 
@@ -128,4 +147,4 @@ class Abandon(Struct, frozen=True):
     reason: str
 
 
-Command = Invite | Release | Dismiss | Aggregate | Commit | Abandon
+Command = Invite | Release | Dismiss | Aggregate | Check | Commit | Abandon

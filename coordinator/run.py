@@ -28,12 +28,16 @@ from collections.abc import Mapping
 from coordinator import round_events as rounds
 from coordinator import run_events as ev
 from coordinator.admission import Gates
-from coordinator.attempt import Attempt, Output, Tallies, turn_away
+from coordinator.attempt import Address, Attempt, Output, Tallies, quarantined, turn_away
 from coordinator.cohort import Change, Fleet
 from coordinator.durations import in_words
+from coordinator.held_out import Judging, furthest
+from coordinator.muster import Muster
+from coordinator.quarantine import HELD_OUT, Quarantine
 from coordinator.round import MemberState, Round, RoundState
 from coordinator.run_config import FINAL, Resumed, RunConfig, RunState, Version
 from coordinator.scoring import Scoring
+from coordinator.unsaved import Unsaved
 from coordinator.uplink import Verdict
 from coordinator.waits import Wait
 from midge.wire.frames import Frame, Framing
@@ -47,8 +51,6 @@ _HEARD_WITHIN_S = 60.0
 """Whoever is not heard of for so long after our connection was lost may have died meanwhile, its will lost with the broker."""
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
-_NUM_MISFITS = 3
-"""Of so many agents that are here and cannot take part, a status line gives the reason."""
 
 
 _SeenAttempt = tuple[int, int, RoundState, dict[str, MemberState]]
@@ -91,7 +93,10 @@ class Run:
         self.accepted: dict[str, ev.AcceptedUpdate] = {}
         self.tallies = Tallies()
         self.scoring = Scoring(config)
+        self.quarantine = Quarantine(config.quarantine, resumed.strikes if resumed else ())
+        self.judging = Judging(config.held_out, resumed.score if resumed else None)
         self.framing: Framing | None = None
+        self._muster = Muster(config, fleet, self.quarantine)
         self._gates: Gates | None = None
         self._connected = connected
         self._published = False
@@ -105,9 +110,8 @@ class Run:
         self._heard_by = math.inf
         self._delta_norm = 0.0
         self._server_state: str | None = None
-        self._saved_attempt: _SeenAttempt | None = None
-        self._saved_essence: tuple[object, ...] | None = None
-        self._saved_run: _SeenRun | None = None
+        self._left_out: tuple[str, ...] = ()
+        self._unsaved = Unsaved()
         if resumed is not None:
             self._restore(resumed)
         self._told_state = self.state
@@ -120,9 +124,11 @@ class Run:
         if self.version is None:
             commands.append(ev.PrepareModel(self.config.seed))
         commands += self.scoring.repeat()
+        held = self.quarantine.held.items()
+        commands += [ev.AgentQuarantined(agent_id, last, self.quarantine.why(agent_id)) for agent_id, last in held]
         if self.attempt is not None:
             commands += self._take(self.attempt.resume(self.now))
-            commands += self._to_round(rounds.FleetChanged(self._available()))
+            commands += self._to_round(rounds.FleetChanged(self._available))
         return self._finish_step(commands)
 
     def step(self, event: ev.Event, now: float) -> list[ev.Command]:
@@ -147,10 +153,7 @@ class Run:
         if self.tallies.changed:
             self.tallies.changed = False
             commands.append(ev.SaveTallies(dict(self.tallies.counts)))
-        seen = (self.state, self.reason, self.current_round - 1, self.best)
-        if seen != self._saved_run:
-            self._saved_run = seen
-            commands.append(ev.SaveRun(*seen[:3], *(self.best or (None, None))))
+        commands += self._unsaved.run(self.state, self.reason, self.current_round - 1, self.best)
         if self.state is not self._told_state:
             self._told_state = self.state
             commands.append(ev.RunChanged(self.state, self.reason))
@@ -187,12 +190,12 @@ class Run:
                 return f"attempt {self._num_attempts} failed; trying again in {in_words(self._pause_until - self.now)}"
             case RunState.WAITING if not self._started:
                 there = f"{self.num_available} of {self.config.num_to_start} are there"
-                return f"waiting for agents: {there} (at most {in_words(self._starts_by - self.now)}){self._misfits()}"
+                return f"waiting for agents: {there} (at most {in_words(self._starts_by - self.now)}){self._misfits}"
             case RunState.WAITING:
                 return f"waiting for the evaluation of round {min(self.scoring.owed, default=0)}"
             case RunState.IN_ROUND if self.attempt is not None:
                 selecting = self.attempt.round.state is RoundState.SELECTING
-                said = self.attempt.round.status(self.now) + (self._misfits() if selecting else "")
+                said = self.attempt.round.status(self.now) + (self._misfits if selecting else "")
                 return f"round {self.current_round} of {self.config.rounds}: {said}"
             case RunState.FINISHING:
                 return "evaluating the final model"
@@ -228,13 +231,25 @@ class Run:
     @property
     def num_available(self) -> int:
         """How many agents could take part now."""
-        return len(self._available())
+        return len(self._available)
 
     @property
     def num_missing(self) -> int:
         """How many more agents must be there before the run can go on."""
         needed = self.config.round.minimum if self._started else self.config.num_to_start
         return max(0, needed - self.num_available)
+
+    @property
+    def _misfits(self) -> str:
+        return self._muster.misfits(self._num_attempts)
+
+    @property
+    def _available(self) -> frozenset[str]:
+        return self._muster.available(self._num_attempts)
+
+    @property
+    def _address(self) -> Address:
+        return Address(self.config.run_id, self.epoch, self.current_round, self._num_attempts)
 
     @property
     def current_round(self) -> int:
@@ -290,7 +305,7 @@ class Run:
             case ev.AggregationBroke(reason):
                 return self._to_round(rounds.AggregationFailed(reason))
             case ev.ModelEvaluated():
-                return self.scoring.take(event)
+                return self._on_evaluated(event)
             case ev.CloseAsked():
                 return self._to_round(rounds.CloseRequested())
             case ev.StopAsked():
@@ -312,17 +327,20 @@ class Run:
         return [ev.PhaseEnded(round_num, "publishing", duration_s)]
 
     def _on_fleet(self, agent_id: str, change: Change) -> list[ev.Command]:
+        commands: list[ev.Command] = []
+        if agent_id in self.quarantine.held and change is not Change.LEFT:
+            commands += quarantined(agent_id, self.quarantine, self._address)
         if self.attempt is None:
-            return []
-        changed = rounds.FleetChanged(self._available())
+            return commands
+        changed = rounds.FleetChanged(self._available)
         if change is Change.LEFT:
             return self._to_round(changed) + self._to_round(rounds.AgentLost(agent_id))
-        return self._to_round(rounds.AgentReturned(agent_id)) + self._to_round(changed)
+        return commands + self._to_round(rounds.AgentReturned(agent_id)) + self._to_round(changed)
 
     def _give_up_unheard(self) -> list[ev.Command]:
         """Lose the members of the cohort that answered no roll call since our connection was lost."""
         awaited = self.attempt.round.awaited if self.attempt is not None else ()
-        available = self._available()
+        available = self._available
         unheard = [agent_id for agent_id in awaited if agent_id not in available]
         return [command for agent_id in unheard for command in self._to_round(rounds.AgentLost(agent_id))]
 
@@ -345,6 +363,8 @@ class Run:
         commands: list[ev.Command] = []
         for output in outputs:
             match output:
+                case rounds.Check(digest):
+                    commands.append(ev.EvaluateModel(self.current_round, digest))
                 case rounds.Commit(digest):
                     commands += self._commit(digest)
                 case rounds.Abandon(reason):
@@ -353,14 +373,57 @@ class Run:
                     commands.append(output)
         return commands
 
+    def _on_evaluated(self, event: ev.ModelEvaluated) -> list[ev.Command]:
+        """A version was evaluated, or the candidate of the round under way."""
+        attempt = self.attempt
+        if attempt is not None and attempt.round.state is RoundState.CHECKING and event.round_num == self.current_round:
+            return self._judge(event, attempt)
+        if self.version is not None and event.round_num == self.version.round_num:
+            impossible = self.judging.take(event)
+            if impossible:
+                self._end(RunState.FAILED, impossible)
+        return self.scoring.take(event)
+
+    def _judge(self, event: ev.ModelEvaluated, attempt: Attempt) -> list[ev.Command]:
+        """Commit the candidate, or refuse it and have the next attempt do without the update that reached furthest."""
+        objection = self.judging.objection(event)
+        if not objection:
+            return self._to_round(rounds.CandidatePassed())
+        machine = attempt.round
+        left_out = self._to_leave_out(machine) if event.score is not None else ()
+        reason = f"the candidate was refused: {objection}"
+        commands: list[ev.Command] = [
+            ev.DiscardModel(machine.digest, self._server_state),
+            ev.CandidateJudged(machine.round_num, machine.attempt, reason, left_out),
+        ]
+        for agent_id in left_out:
+            commands += self._take(attempt.strike(agent_id, HELD_OUT))
+            reason += f"; the update of {agent_id} reached furthest, and is left out of this round"
+        return commands + self._to_round(rounds.CandidateRefused(reason, left_out))
+
+    def _to_leave_out(self, machine: Round) -> tuple[str, ...]:
+        """Whose update the next attempt is to do without; nobody where too few would be left."""
+        reported = machine.reported
+        spare = self._available - machine.members.keys()
+        if len(reported) - 1 + len(spare) < max(self.config.round.quorum, self.config.round.minimum):
+            return ()
+        return (furthest((agent_id, self.accepted[agent_id].norm) for agent_id in reported),)
+
     def _open_round(self) -> list[ev.Command]:
         self._started = True
         self._num_attempts += 1
-        machine = Round(self.config.round, self.current_round, self._num_attempts, self.config.seed, self.now)
+        machine = Round(
+            self.config.round,
+            self.current_round,
+            self._num_attempts,
+            self.config.seed,
+            self.now,
+            left_out=self._left_out,
+        )
         machine.failures = dict(self._failures)
         self.attempt = self._make_attempt(machine)
         note = ev.RoundOpened(machine.round_num, self._num_attempts)
-        return [note, *self._to_round(rounds.FleetChanged(self._available()))]
+        return [note, *self._to_round(rounds.FleetChanged(self._available))]
 
     def _make_attempt(self, machine: Round) -> Attempt:
         assert self.version is not None
@@ -376,6 +439,7 @@ class Run:
             gates=self._gates,
             accepted=self.accepted,
             tallies=self.tallies,
+            quarantine=self.quarantine,
         )
 
     def _commit(self, digest: str) -> list[ev.Command]:
@@ -402,12 +466,17 @@ class Run:
         self.accepted = {}
         self._failures.clear()
         self._num_attempts = 0
+        self._left_out = ()
         self._forget_publication()
-        return commands + self.scoring.begin(self.version)
+        commands += [ev.AgentReleased(agent_id) for agent_id in self.quarantine.release(self.current_round)]
+        scored = self.judging.commit()
+        return commands + (self.scoring.take(scored) if scored is not None else self.scoring.begin(self.version))
 
     def _abandon(self, reason: str) -> list[ev.Command]:
         assert self.attempt is not None
-        self._failures.update(_unreported(self.attempt.round.members))
+        members = self.attempt.round.members
+        self._failures.update(_unreported(members))
+        self._left_out = _left_out(members)
         commands = self._close_round("abandoned", reason, 0)
         if self._num_attempts >= self.config.max_attempts:
             tries = f"round {self.current_round} was abandoned {self._num_attempts} times"
@@ -462,7 +531,7 @@ class Run:
             came = f"{self.num_available} of {self.config.num_to_start} agents came {within}"
             setting = "start_agents" if self.config.start_agents == self.config.num_to_start else "min_agents"
             cure = f"start more agents, or lower {setting}" if self._connected else "the broker cannot be reached"
-            self._end(RunState.FAILED, f"{came}; {cure}{self._misfits()}")
+            self._end(RunState.FAILED, f"{came}; {cure}{self._misfits}")
 
     def _may_fail_to_start(self) -> bool:
         return not self._started and self.state is RunState.WAITING
@@ -520,16 +589,7 @@ class Run:
         return []
 
     def _save_attempt(self) -> list[ev.Command]:
-        if self.attempt is None:
-            return []
-        machine = self.attempt.round
-        seen = (machine.round_num, machine.attempt, machine.state, machine.members)
-        if seen == self._saved_attempt:
-            return []
-        essence = _essence(seen)
-        can_wait = essence == self._saved_essence
-        self._saved_attempt, self._saved_essence = seen, essence
-        return [ev.SaveAttempt(*seen[:3], machine.reason, seen[3], can_wait)]
+        return [] if self.attempt is None else self._unsaved.attempt(self.attempt.round)
 
     # Small helpers.
 
@@ -538,10 +598,11 @@ class Run:
         self.version = resumed.version
         self.scoring.restore(resumed.best, resumed.unevaluated)
         self.tallies = Tallies(resumed.tallies)
+        self.quarantine.release(resumed.version.round_num + 1)
         self.accepted = {update.agent_id: update for update in resumed.accepted}
         self._num_attempts = resumed.attempt
         self._started = resumed.attempt > 0 or resumed.version.round_num > 0
-        if resumed.round_state in (RoundState.SELECTING, RoundState.COLLECTING, RoundState.AGGREGATING):
+        if resumed.round_state not in (RoundState.COMMITTED, RoundState.ABANDONED):
             machine = Round.restore(
                 self.config.round,
                 round_num=self.current_round,
@@ -555,6 +616,7 @@ class Run:
             self.state = RunState.IN_ROUND
         else:
             self._failures.update(_unreported(resumed.members))
+            self._left_out = _left_out(resumed.members)
 
     def _take_layout(self, layout: Layout, framing: Framing) -> None:
         self.framing = framing
@@ -569,18 +631,6 @@ class Run:
         self._published = False
         self._publishing_since = None
 
-    def _misfits(self) -> str:
-        """Who is here and cannot take part as it was started: without it, a wait for agents that are there has no reason."""
-        misfits = self.fleet.misfits(self.config.task)
-        said = [f"; {agent_id} {misfit}" for agent_id, misfit in list(misfits.items())[:_NUM_MISFITS]]
-        more = len(misfits) - len(said)
-        return "".join(said) + (f"; and {more} more" if more else "")
-
-    def _available(self) -> frozenset[str]:
-        available = self.fleet.available(self.config.task, self.config.labels)
-        order = self.config.round.visit_order
-        return available.intersection(order) if order else available
-
     def _roll_call_due_at(self) -> float:
         """When to call the roll: soon where agents are wanted, else now and then, since a birth may have been lost."""
         if not self._connected or self.version is None:
@@ -593,12 +643,9 @@ class Run:
         return not self._started
 
 
+def _left_out(members: Mapping[str, MemberState]) -> tuple[str, ...]:
+    return tuple(sorted(agent_id for agent_id, state in members.items() if state is MemberState.LEFT_OUT))
+
+
 def _unreported(members: Mapping[str, MemberState]) -> list[str]:
     return [agent_id for agent_id, state in members.items() if state is not MemberState.REPORTED]
-
-
-def _essence(seen: _SeenAttempt) -> tuple[object, ...]:
-    """What a restart needs of an attempt: who took the invitation already does not matter, all of them get it again."""
-    *head, members = seen
-    taken = MemberState.INVITED
-    return (*head, {agent: taken if state is MemberState.ACCEPTED else state for agent, state in members.items()})

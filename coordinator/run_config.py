@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator import run_events as ev
+from coordinator.held_out import HeldOutGate
+from coordinator.quarantine import QuarantineConfig, Strike
 from coordinator.round import MemberState, RoundConfig, RoundState
 from midge.wire.frames import Framing
 from midge.wire.layout import Layout
-from midge.wire.messages import TrainingConfig
+from midge.wire.messages import Evaluation, TrainingConfig
 
 
 class RunState(enum.StrEnum):
@@ -48,6 +50,8 @@ class RunConfig:
     max_attempts: int = 5
     max_examples: int = 10_000_000
     norm_bound: float = 0.0
+    held_out: HeldOutGate = field(default_factory=HeldOutGate)
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
     evaluate: bool = True
     best_metric: str = "accuracy"
     best_is_max: bool = True
@@ -82,6 +86,8 @@ class Resumed:
         unevaluated: versions whose evaluation is still owed, at most two.
         best: (round, value) so far.
         tallies: of updates so far.
+        score: of the version on test data, where it is known.
+        strikes: against agents, in order.
     """
 
     version: Version
@@ -94,3 +100,5 @@ class Resumed:
     unevaluated: Sequence[Version] = ()
     best: tuple[int, float] | None = None
     tallies: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    score: Evaluation | None = None
+    strikes: Sequence[Strike] = ()

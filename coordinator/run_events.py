@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 from msgspec import Struct
 
 from coordinator.cohort import Change
+from coordinator.quarantine import Strike
 from coordinator.round import MemberState, RoundState
 from coordinator.uplink import FrameFacts, Verdict
 from midge.wire.frames import Framing
@@ -197,10 +199,17 @@ class AggregateUpdates(Struct, frozen=True):
 
 
 class EvaluateModel(Struct, frozen=True):
-    """Evaluate this version on test data; `ModelEvaluated` follows, in any case."""
+    """Evaluate this version, or candidate, on test data; `ModelEvaluated` follows, in any case."""
 
     round_num: int
     digest: str
+
+
+class DiscardModel(Struct, frozen=True):
+    """A candidate was refused: its files go, unless something else has the same content."""
+
+    digest: str
+    server_state: str | None = None
 
 
 class SaveRun(Struct, frozen=True):
@@ -254,6 +263,12 @@ class SaveEvaluation(Struct, frozen=True):
     round_num: int
     source: str
     score: Evaluation
+
+
+class SaveStrike(Struct, frozen=True):
+    """Persist that an agent's update was rejected for its content, or left out."""
+
+    strike: Strike
 
 
 class SaveTallies(Struct, frozen=True):
@@ -326,16 +341,65 @@ class UpdateReceived(Struct, frozen=True):
     agent_id: str
 
 
+class CandidateJudged(Struct, frozen=True):
+    """The held-out gate refused a candidate; these agents are left out of the next attempt."""
+
+    round_num: int
+    attempt: int
+    reason: str
+    left_out: tuple[str, ...] = ()
+
+
+class AgentQuarantined(Struct, frozen=True):
+    """An agent takes no part until this round is over."""
+
+    agent_id: str
+    last_round: int
+    detail: str
+
+
+class AgentReleased(Struct, frozen=True):
+    """Its quarantine is over."""
+
+    agent_id: str
+
+
 class MessageStale(Struct, frozen=True):
     """A message or a frame of another run, epoch, round or attempt was dropped; `kind` is control or update."""
 
     kind: str
 
 
-Note = RunChanged | RoundOpened | PhaseEnded | RoundEnded | AgentSpoke | UpdateSettled | UpdateReceived | MessageStale
-NOTES = (RunChanged, RoundOpened, PhaseEnded, RoundEnded, AgentSpoke, UpdateSettled, UpdateReceived, MessageStale)
+Note = (
+    RunChanged
+    | RoundOpened
+    | PhaseEnded
+    | RoundEnded
+    | AgentSpoke
+    | UpdateSettled
+    | UpdateReceived
+    | CandidateJudged
+    | AgentQuarantined
+    | AgentReleased
+    | MessageStale
+)
+NOTES = get_args(Note)
 
-Save = SaveRun | SaveAttempt | SaveUpdate | SaveVersion | SaveEvaluation | SaveTallies
-SAVES = (SaveRun, SaveAttempt, SaveUpdate, SaveVersion, SaveEvaluation, SaveTallies)
+Save = SaveRun | SaveAttempt | SaveUpdate | SaveVersion | SaveEvaluation | SaveStrike | SaveTallies
+SAVES = get_args(Save)
 
-Command = PrepareModel | PublishModel | CallRoll | Send | ForgetFrames | AggregateUpdates | EvaluateModel | Save | Note
+Computation = PrepareModel | EvaluateModel | AggregateUpdates | DiscardModel
+"""What others do for the driver."""
+
+Command = (
+    PrepareModel
+    | PublishModel
+    | CallRoll
+    | Send
+    | ForgetFrames
+    | AggregateUpdates
+    | EvaluateModel
+    | DiscardModel
+    | Save
+    | Note
+)

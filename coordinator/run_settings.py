@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from coordinator.config import Settings
+from coordinator.held_out import HeldOutGate
+from coordinator.quarantine import QuarantineConfig
 from coordinator.round import RoundConfig
 from coordinator.run_config import RunConfig
 from coordinator.strategies import Strategy
@@ -13,6 +15,7 @@ from midge.wire.messages import TrainingConfig
 def run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig:
     """What a run is, by its settings."""
     quorum, one = settings.needed_updates, strategy.in_turn
+    held_out = HeldOutGate(max_loss_ratio=settings.max_loss_ratio, max_accuracy_drop=settings.max_accuracy_drop)
     training = TrainingConfig(
         local_epochs=settings.local_epochs,
         batch_size=settings.batch_size,
@@ -34,6 +37,7 @@ def run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig
             acceptance_deadline_s=settings.acceptance_deadline_s,
             report_deadline_s=settings.round_deadline_s,
             in_turn=one,
+            is_checked=held_out.is_on,
             visit_order=settings.visit_order,
         ),
         training=strategy.training(training),
@@ -44,6 +48,10 @@ def run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig
         max_attempts=settings.max_attempts,
         max_examples=settings.max_examples,
         norm_bound=settings.norm_bound,
+        held_out=held_out,
+        quarantine=QuarantineConfig(
+            after=settings.quarantine_after, window=settings.quarantine_window, rounds=settings.quarantine_rounds
+        ),
         evaluate=settings.evaluate,
         best_metric=settings.best_metric,
         best_is_max=settings.best_mode == "max",

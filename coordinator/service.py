@@ -517,10 +517,13 @@ class _LateCompute:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+    def ask(self, command: ev.Computation, now: float) -> None:
         compute = self._service._compute  # noqa: SLF001  one class in two parts
         assert compute is not None
-        compute.ask(command, now)
+        if isinstance(command, ev.DiscardModel):
+            compute.later(functools.partial(self._service._retention.refused, command.digest, command.server_state))  # noqa: SLF001
+        else:
+            compute.ask(command, now)
 
 
 def _lock(state_dir: Path) -> int:

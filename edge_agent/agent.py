@@ -402,6 +402,8 @@ class Agent:
         return [ev.SendFrames(self.update, indices)] if indices else []
 
     def _on_told(self, message: Credit | Receipt | Cancel) -> list[ev.Command]:
+        if isinstance(message, Cancel) and message.reason == "quarantined":
+            return [ev.Quarantined(message.run_id, message.round_num)]
         if self.invitation is None or _address(message) != _address(self.invitation):
             return [ev.Stale(type(message).__name__.lower())]
         self._coordinator_is_away = False

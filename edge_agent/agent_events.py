@@ -243,8 +243,15 @@ class ProtocolDiffers(Struct, frozen=True):
     detail: str
 
 
-NOTES = (StateChanged, RoundEnded, Stale, ProtocolDiffers)
-Note = StateChanged | RoundEnded | Stale | ProtocolDiffers
+class Quarantined(Struct, frozen=True):
+    """The coordinator invites this agent to no round for a while: its updates were rejected again and again."""
+
+    run_id: str
+    round_num: int
+
+
+NOTES = (StateChanged, RoundEnded, Quarantined, Stale, ProtocolDiffers)
+Note = StateChanged | RoundEnded | Quarantined | Stale | ProtocolDiffers
 
 Command = (
     AnnouncePresence

@@ -229,7 +229,7 @@ class Driver:
                 self._watch(run_id)
             case ev.AnnouncePresence():
                 self._announce()
-            case ev.StateChanged() | ev.RoundEnded() | ev.Stale() | ev.ProtocolDiffers():
+            case ev.StateChanged() | ev.RoundEnded() | ev.Quarantined() | ev.Stale() | ev.ProtocolDiffers():
                 self._note(command)
         return None
 
@@ -306,6 +306,10 @@ class Driver:
         match note:
             case ev.StateChanged(state):
                 log_event(_log, logging.DEBUG, "state changed", agent=self.agent_id, state=state)
+            case ev.Quarantined(run_id, round_num):
+                detail = "its updates were rejected, or left out, too often: it is not invited for some rounds"
+                fields: dict[str, Any] = {"run": run_id, "round": round_num, "agent": self.agent_id, "detail": detail}
+                log_event(_log, logging.WARNING, "quarantined by the coordinator", **fields)
             case ev.Stale(what):
                 log_event(_log, logging.DEBUG, "stale message ignored", agent=self.agent_id, what=what)
             case ev.ProtocolDiffers(detail):

@@ -10,6 +10,7 @@ Tables
     versions     one row a committed version: digest, parent, what it was made of, how it does, the strategy's state
     attempts     one row an attempt at a round: state, and each member's, of the current round and of the last hundred
     updates      one row an accepted update, of the current round and of the last hundred
+    strikes      one row per (run, round, attempt, agent): an update that was rejected for its content, or left out
     tallies      one row per (run, outcome, reason): how many updates met that fate
     agents       one row an agent that was ever heard of
     base_models  one row a model that an operator registered under a name

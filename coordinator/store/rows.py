@@ -49,6 +49,8 @@ def rows_of_save(run_id: str, save: ev.Save) -> tuple[Any, ...]:
             return "version", {"run_id": run_id, "created_at": utc_now(), **msgspec.to_builtins(save)}
         case ev.SaveEvaluation(round_num, source, score):
             return source, {"run": run_id, "number": round_num, "score": to_json(score)}
+        case ev.SaveStrike(strike):
+            return "strike", {"run_id": run_id, **msgspec.structs.asdict(strike)}
         case ev.SaveTallies(tallies):
             return "tallies", *(
                 {"run_id": run_id, "outcome": outcome, "reason": reason, "count": count}
@@ -67,6 +69,8 @@ def key_of(save: ev.Save) -> object:
             return type(save), round_num, update.agent_id
         case ev.SaveEvaluation(round_num, source, _):
             return type(save), round_num, source
+        case ev.SaveStrike(strike):
+            return type(save), strike.round_num, strike.attempt, strike.agent_id
         case ev.SaveVersion():
             return id(save)
 

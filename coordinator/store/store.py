@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from coordinator import run_events as ev
+from coordinator.quarantine import Strike
 from coordinator.round import MemberState, RoundState
 from coordinator.store import tables
 from coordinator.store.database import COPIED, Database
@@ -34,6 +35,8 @@ KEPT_AGENTS = 100_000
 """Agents that are gone are remembered up to this many, the last that left."""
 _FORGET_EVERY = 10_000
 """Rows of agents that are written between two looks at whether there are too many."""
+KEPT_STRIKES = 2_000
+"""Strikes are remembered for this many rounds: the longest window and the longest quarantine."""
 _COPY_JUMP = 10_000
 """How many starts of the original a copy may be old. A coordinator's first epoch in it lies this far above, or up to twice."""
 
@@ -129,6 +132,8 @@ class Store(Database):
                 done = {"run": run_id, "number": version["round_num"] - KEPT_ROUNDS + 1}
                 connection.execute(tables.STATEMENTS["done_with"], done)
                 connection.execute(tables.STATEMENTS["members_done_with"], done)
+                old = {"run": run_id, "number": version["round_num"] - KEPT_STRIKES}
+                connection.execute(tables.STATEMENTS["forget_strikes"], old)
             if self._num_agent_rows >= _FORGET_EVERY:
                 connection.execute(tables.STATEMENTS["agents_gone"], {"kept": KEPT_AGENTS})
                 self._num_agent_rows = 0
@@ -159,11 +164,9 @@ class Store(Database):
         return next((row for row in self.base_models() if row["name"] == name), None)
 
     def uses(self, digest: str) -> bool:
-        """Whether a version of any run, or a name, is this model."""
-        counts = [
-            sa.select(sa.func.count()).where(table.c.digest == digest).scalar_subquery()
-            for table in (tables.versions, tables.base_models)
-        ]
+        """Whether a version of any run, what a strategy remembers with it, or a name, is this model."""
+        columns = (tables.versions.c.digest, tables.versions.c.server_state, tables.base_models.c.digest)
+        counts = [sa.select(sa.func.count()).where(column == digest).scalar_subquery() for column in columns]
         with self._engine.connect() as connection:
             return bool(connection.execute(sa.select(sum(counts[1:], counts[0]))).scalar())
 
@@ -244,6 +247,13 @@ class Store(Database):
         """How many updates of a run met which fate."""
         rows = self._rows(sa.select(tables.tallies).where(tables.tallies.c.run_id == run_id))
         return {(row["outcome"], row["reason"]): row["count"] for row in rows}
+
+    def strikes(self, run_id: str) -> list[Strike]:
+        """The strikes against agents in a run, in order."""
+        columns = tables.strikes.c
+        query = sa.select(tables.strikes).where(columns.run_id == run_id)
+        rows = self._rows(query.order_by(columns.round_num, columns.attempt, columns.agent_id))
+        return [Strike(row["round_num"], row["attempt"], row["agent_id"], row["reason"]) for row in rows]
 
     def agents(self) -> list[dict[str, Any]]:
         """All agents that were heard of."""

@@ -74,6 +74,15 @@ updates = sa.Table(
     sa.Column("metrics", sa.String, nullable=False),
     sa.Column("evaluation", sa.String),
 )
+strikes = sa.Table(
+    "strikes",
+    metadata,
+    sa.Column("run_id", sa.String, primary_key=True),
+    sa.Column("round_num", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("agent_id", sa.String, primary_key=True),
+    sa.Column("reason", sa.String, nullable=False),
+)
 tallies = sa.Table(
     "tallies",
     metadata,
@@ -129,6 +138,10 @@ STATEMENTS: dict[str, sa.Executable] = {
     .where(attempts.c.run_id == sa.bindparam("run"), attempts.c.round_num == sa.bindparam("number") - 1)
     .values(members="{}"),
     "attempt": _upsert(attempts),
+    "strike": _upsert(strikes),
+    "forget_strikes": strikes.delete().where(
+        strikes.c.run_id == sa.bindparam("run"), strikes.c.round_num < sa.bindparam("number")
+    ),
     "update": _upsert(updates),
     "central": _set_score("central"),
     "federated": _set_score("federated"),

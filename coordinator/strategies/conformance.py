@@ -125,8 +125,8 @@ def _is_elementwise(make: Make) -> None:
     if make().replaces_mean:
         rows = np.stack(_vectors(max(4, make().min_updates))).astype(np.float64)
         centre = make().centre(rows.copy())
-        parts = [make().centre(rows[:, part].copy()) for part in np.array_split(np.arange(_NUM_ELEMENTS), 9)]
-        if np.concatenate(parts).tobytes() != centre.tobytes():
+        blocks = [make().centre(rows[:, part].copy()) for part in np.array_split(np.arange(_NUM_ELEMENTS), 9)]
+        if np.concatenate(blocks).tobytes() != centre.tobytes():
             raise _BrokenError("Given in nine blocks, what stands in place of the mean differs.")
 
 

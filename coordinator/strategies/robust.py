@@ -82,10 +82,9 @@ class Median(_Robust):
     def centre(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """float64[n], the middle of each column."""
         rows.sort(axis=0)
-        low, high = rows[(len(rows) - 1) // 2], rows[len(rows) // 2]
-        return (
-            0.5 * low + 0.5 * high + 0.0
-        )  # a zero of either sign becomes +0, as which of them is sorted first is by chance
+        middle: NDArray[np.float64] = np.add(0.5 * rows[(len(rows) - 1) // 2], 0.5 * rows[len(rows) // 2])
+        middle += 0.0  # -0 becomes 0: which of the two is sorted first is by chance
+        return middle
 
 
 @dataclass(frozen=True, kw_only=True)

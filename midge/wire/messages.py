@@ -64,7 +64,7 @@ RejectReason = Literal[
 ]
 """Which gate an update failed."""
 
-CancelReason = Literal["superseded", "closed", "abandoned", "run_ended", "late"]
+CancelReason = Literal["superseded", "closed", "abandoned", "run_ended", "late", "quarantined"]
 """Why the coordinator no longer wants an agent's work."""
 
 

@@ -210,10 +210,14 @@ class CoordinatorProcess(Process):
 
     # Computations, as `coordinator.compute` does them.
 
-    def ask(self, command: ev.PrepareModel | ev.EvaluateModel | ev.AggregateUpdates, now: float) -> None:
+    def ask(self, command: ev.Computation, now: float) -> None:
         """See `ComputeLike`."""
         self.tick()
         federation = self.federation
+        if isinstance(command, ev.DiscardModel):
+            if all(row["digest"] != command.digest for row in federation.store.version_rows):
+                federation.models.delete(command.digest)
+            return
         if isinstance(command, ev.AggregateUpdates):
             federation.auditor.aggregates(command)
             delay_s = federation.computation_s()

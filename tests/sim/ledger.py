@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from coordinator import run_events as ev
+from coordinator.quarantine import Strike
 from coordinator.round import MemberState, RoundState
 from coordinator.run import Resumed, Run, Version
 from coordinator.uplink import FrameFacts
@@ -40,6 +41,7 @@ class Ledger:
         self.attempt: ev.SaveAttempt | None = None
         self.updates: dict[int, dict[str, ev.AcceptedUpdate]] = defaultdict(dict)
         self.tallies: dict[tuple[str, str], int] = {}
+        self.strikes: list[Strike] = []
         self.spool: dict[SpoolKey, dict[int, FrameFacts]] = defaultdict(dict)
         self.bases: dict[str, str] = {}
         self.unsynced: list[Callable[[], object]] = []
@@ -66,6 +68,7 @@ class Ledger:
             accepted=list(self.updates[last.round_num + 1].values()),
             unevaluated=owed,
             tallies=self.tallies,
+            strikes=self.strikes,
         )
 
     def started(self, run: Run) -> None:
@@ -83,6 +86,8 @@ class Ledger:
                 self.attempt = save
             case ev.SaveUpdate(round_num, update):
                 self._save_update(round_num, update)
+            case ev.SaveStrike(strike):
+                self.strikes.append(strike)
             case ev.SaveTallies(tallies):
                 self.tallies = dict(tallies)
             case ev.SaveVersion():

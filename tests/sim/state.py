@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from coordinator import run_events as ev
+from coordinator.quarantine import Strike
 from coordinator.round import MemberState, RoundState
 from coordinator.store import KEPT_ROUNDS, AgentLeft, AgentRow
 from coordinator.uplink import FrameFacts
@@ -41,6 +42,7 @@ class MemoryStore:
         self.version_rows: list[dict[str, Any]] = []
         self.attempt_rows: dict[tuple[int, int], tuple[RoundState, dict[str, MemberState]]] = {}
         self.update_rows: dict[tuple[int, str], ev.AcceptedUpdate] = {}
+        self.strike_rows: dict[tuple[int, int, str], Strike] = {}
         self.tally_rows: dict[tuple[str, str], int] = {}
         self.agent_rows: dict[str, AgentRow] = {}
         self._tick = tick
@@ -102,6 +104,8 @@ class MemoryStore:
                     self._prune(save.round_num - KEPT_ROUNDS + 1)
             case ev.SaveEvaluation(round_num, source, score):
                 self.version_rows[round_num][source] = score
+            case ev.SaveStrike(strike):
+                self.strike_rows[strike.round_num, strike.attempt, strike.agent_id] = strike
             case ev.SaveTallies(tallies):
                 self.tally_rows |= tallies
 
@@ -126,6 +130,9 @@ class MemoryStore:
 
     def tallies(self, run_id: str) -> dict[tuple[str, str], int]:
         return dict(self.tally_rows)
+
+    def strikes(self, run_id: str) -> list[Strike]:
+        return [strike for _, strike in sorted(self.strike_rows.items())]
 
     def lone_digest(self, run_id: str, round_num: int, *, kept_from: int, of: str = "digest") -> str | None:
         digest = self.version_rows[round_num][of] if 0 <= round_num < len(self.version_rows) else None

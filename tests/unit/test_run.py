@@ -11,6 +11,8 @@ import pytest
 from coordinator import run_events as ev
 from coordinator.attempt import Address
 from coordinator.cohort import Fleet
+from coordinator.held_out import HeldOutGate
+from coordinator.quarantine import QuarantineConfig
 from coordinator.round import MemberState, RoundState
 from coordinator.run import FINAL, Resumed, RunState, Version
 from coordinator.uplink import Verdict
@@ -806,7 +808,9 @@ def random_event(rng: random.Random, talk: Talk) -> ev.Event | None:
             return rare if rng.random() < 0.2 else ev.BrokerConnected()
         case 14 if talk.run.version is not None:
             score = Evaluation(num_examples=1, loss=rng.random(), metrics={"accuracy": rng.random()})
-            return ev.ModelEvaluated(rng.randrange(talk.run.version.round_num + 1), score)
+            checking = attempt is not None and attempt.round.state is RoundState.CHECKING
+            number = talk.run.current_round if checking else rng.randrange(talk.run.version.round_num + 1)
+            return ev.ModelEvaluated(number, *rng.choices(((score,), (None, "it crashed")), (9, 1))[0])
         case 15 if attempt is not None and attempt.round.state is RoundState.AGGREGATING:
             if rng.random() < 0.3:
                 return ev.AggregationBroke("disk full")
@@ -826,6 +830,9 @@ def test_whatever_comes_a_run_never_raises_and_every_header_meets_one_fate(seed:
         report_deadline_s=120.0,
         max_attempts=1000,
         evaluate=rng.random() < 0.5,
+        is_checked=seed % 2 == 0,
+        held_out=HeldOutGate(max_loss_ratio=1.5) if seed % 2 == 0 else HeldOutGate(),
+        quarantine=QuarantineConfig(after=rng.choice((0, 1, 3))),
     )
     talk = Talk(settings)
     talk.prepared()
@@ -843,7 +850,7 @@ def test_whatever_comes_a_run_never_raises_and_every_header_meets_one_fate(seed:
 
 def test_random_runs_commit_rounds():
     """The test above would prove little if its runs never came to anything."""
-    talk = Talk(config(rounds=20, max_attempts=1000, evaluate=False))
+    talk = Talk(config(rounds=20, max_attempts=1000, evaluate=False, quarantine=QuarantineConfig(after=0)))
     talk.prepared()
     rng = random.Random(5)
     for _ in range(6000):
