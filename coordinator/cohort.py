@@ -133,8 +133,9 @@ class Fleet:
         return self._num_in.copy()
 
     def packet_limit_bytes(self) -> int | None:
-        """The smallest packet limit that any agent announced; None where none did."""
-        limits = [a.presence.packet_limit_bytes for a in self.agents.values() if a.presence.packet_limit_bytes]
+        """The smallest packet limit that any agent announced which is not gone; None where none did."""
+        here = (agent.presence for agent in self.agents.values() if agent.state is not AgentState.OFFLINE)
+        limits = [presence.packet_limit_bytes for presence in here if presence.packet_limit_bytes]
         return min(limits, default=None)
 
     def _left(self, agent: Agent | None, presence: Presence) -> Change | None:

@@ -403,7 +403,8 @@ class Driver:
             self.step(ev.MessageCame(agent_id, message), now)
             return
         stored: Mapping[int, FrameFacts] = {}
-        is_open = run is not None and run.attempt is not None  # else no segment of the spool is to be made for it
+        # A run that is over has no round any more, and no segment of the spool is to be made for one.
+        is_open = run is not None and run.state not in FINAL
         if run is not None and is_open and address_of(message)[::2] == (run.config.run_id, run.current_round):
             stored = self._spool.stored(message.round_num, agent_id, content_tag(message.update_digest))
         self.step(ev.UpdateOffered(agent_id, message, stored), now)

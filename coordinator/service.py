@@ -32,6 +32,7 @@ from coordinator.control import Asked, Closed, Closing, Control, unsaved
 from coordinator.disk_guard import DiskGuard
 from coordinator.driver import Driver, SupersededError, presence_payload
 from coordinator.evaluator import EvaluatorSpoke, Made
+from coordinator.framing import choose_framing
 from coordinator.http import Heart, HttpServer, make_app
 from coordinator.metrics import SYS_TOPICS, CollectorRegistry, Metrics
 from coordinator.models import ModelStore
@@ -54,7 +55,8 @@ from midge.log import log_event
 from midge.transport.address import Address
 from midge.transport.base import TransportEvent, Will
 from midge.transport.mqtt import MqttTransport
-from midge.wire.frames import ELEMENT_BYTES, plan_framing
+from midge.wire.errors import FrameError
+from midge.wire.frames import ELEMENT_BYTES
 from midge.wire.identifiers import task_name
 from midge.wire.topics import Topics
 
@@ -387,11 +389,15 @@ class Service:
         if self._made is None or not self._driver.is_connected or self._compute is None:
             return
         made, self._made = self._made, None
-        limits = [self._driver.packet_limit_bytes, self._driver.fleet.packet_limit_bytes()]
-        limit = min((limit for limit in limits if limit is not None), default=None)
         with self.models.open(made.digest) as model:
-            framing = plan_framing(model.layout.num_elements, limit)
             layout = model.layout
+        try:
+            framing = choose_framing(
+                layout.num_elements, self._driver.packet_limit_bytes, self._driver.fleet.packet_limit_bytes()
+            )
+        except FrameError as error:
+            self._driver.step(ev.PreparationFailed(str(error)), now)
+            return
         self.store.set_framing(self.run_id, framing.frame_elements, framing.num_frames)
         self._compute.framing = framing
         fail_point("coordinator.model.prepared")

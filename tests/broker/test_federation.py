@@ -9,10 +9,18 @@ import re
 import urllib.request
 
 import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.round import draw_order
+from midge import PROTOCOL
+from midge.eventqueue import EventQueue
 from midge.tasks.base import DataSpec
+from midge.transport.address import Address
+from midge.transport.base import Connected
+from midge.transport.mqtt import MqttTransport
+from midge.wire.messages import Presence, encode
+from midge.wire.topics import Topics
 from tests.broker import tasks
 from tests.broker.federation import Program, assert_same_model, federated, wait_until
 
@@ -64,6 +72,20 @@ def test_a_model_of_many_frames_arrives_whole_both_ways(broker, make_federation)
     for round_num, expected in enumerate(federated(tasks.wide, {"agent-0": 0, "agent-1": 1}, 3)):
         assert_same_model(federation.model(round_num), expected)
     assert federation.model(3)["steps"] == [6]  # the larger of + 1 and + 2, three times
+
+
+@pytest.mark.fault(20, 24)
+def test_an_agent_that_says_it_can_carry_one_byte_keeps_no_run_from_beginning(mosquitto, make_federation):
+    federation = make_federation(mosquitto.url)
+    narrow = Presence(online=True, incarnation="1", protocol=PROTOCOL, task="linear", packet_limit_bytes=1)
+    queue: EventQueue = EventQueue()
+    transport = MqttTransport(Address.parse(mosquitto.url), "narrow", queue)
+    transport.start()
+    wait_until(lambda: any(isinstance(event, Connected) for event in queue.take(0.1)), "connected")
+    transport.publish(Topics(federation.name).presence("narrow"), encode(narrow), retain=True)
+    transport.stop()
+    federation.start_agents(1)
+    assert federation.start_coordinator(rounds=1, min_agents=1).wait() == 0
 
 
 def test_an_agent_that_joins_late_takes_part_from_the_next_round_on(federation):

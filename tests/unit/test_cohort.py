@@ -144,6 +144,8 @@ def test_the_smallest_packet_limit_that_anyone_named_counts():
     made.hear("b", presence(packet_limit_bytes=2_000_000), retained=False)
     made.hear("c", presence(packet_limit_bytes=131_072), retained=False)
     assert made.packet_limit_bytes() == 131_072
+    made.hear("c", presence(online=False), retained=False)
+    assert made.packet_limit_bytes() == 2_000_000
 
 
 def test_agents_that_come_once_and_go_are_forgotten_the_longest_gone_first(monkeypatch: pytest.MonkeyPatch):
