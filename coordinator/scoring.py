@@ -64,7 +64,7 @@ class Scoring:
         total = sum(score.num_examples for score in scores)
         names = set.intersection(*(set(score.metrics) for score in scores))
         score = Evaluation(
-            num_examples=total,
+            num_examples=min(total, 2**53),  # all that it may say; each agent alone may say as much
             loss=sum(score.loss * (score.num_examples / total) for score in scores),
             metrics={name: sum(s.metrics[name] * (s.num_examples / total) for s in scores) for name in sorted(names)},
         )
