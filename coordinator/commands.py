@@ -34,8 +34,8 @@ from coordinator.tracking import TrackerError
 from midge import failpoints, log
 from midge.failpoints import FailPointError
 from midge.settings import SettingsError
-from midge.tasks.base import TaskError
-from midge.tasks.registry import check_reference
+from midge.tasks.errors import TaskError
+from midge.tasks.references import check_source
 from midge.transport.address import Address, AddressError
 from midge.wire.errors import TopicError
 from midge.wire.messages import Evaluation
@@ -51,7 +51,7 @@ def run(config: Path | None, assignments: Sequence[str], options: Mapping[str, A
         return 2
     settings, address = loaded
     try:
-        check_reference(settings.task)  # before a run is recorded that could only fail
+        check_source(settings.task)  # before a run is recorded that could only fail
     except TaskError as error:
         return _wrong(error)
     show = sys.stderr.isatty() and not as_json
@@ -81,7 +81,7 @@ def serve(config: Path | None, assignments: Sequence[str], options: Mapping[str,
     log.setup(settings.log_format, settings.log_level)
     try:
         if run_config is not None:
-            check_reference(settings.task)
+            check_source(settings.task)
         failpoints.arm("coordinator")
         service = Service(settings, address, keep_serving=True)
         if run_config is not None:

@@ -17,6 +17,8 @@ import click
 from edge_agent.config import Settings, load_settings
 from midge import __version__, failpoints, log
 from midge.settings import SettingsError
+from midge.tasks.errors import TaskError
+from midge.tasks.references import check_reference
 from midge.transport.address import Address, AddressError
 
 S = TypeVar("S", bound=Settings)
@@ -87,6 +89,10 @@ def run(file: Path | None, assignments: tuple[str, ...], while_stdin_open: bool,
     SIGTERM and Ctrl-C stop it cleanly. Unfinished work is kept in the state directory, and goes on at the next start.
     """
     settings, address = _load(file, assignments, options)
+    try:
+        check_reference(settings.task)  # a slip is for whoever typed it, not for a log
+    except TaskError as error:
+        _fail(str(error), 2)
     log.setup(settings.log_format, settings.log_level)
     from edge_agent.journal import JournalError  # noqa: PLC0415  help and errors need no more than is above
     from edge_agent.service import NetworkThreadError, Service  # noqa: PLC0415

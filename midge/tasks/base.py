@@ -17,6 +17,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from midge.tasks.errors import TaskError as TaskError  # noqa: PLC0414  where everybody looks for it
+
 State: TypeAlias = Mapping[str, NDArray[Any]]
 """A model as named arrays, in the order of its state dictionary: floating-point parameters and buffers, and integer ones."""
 
@@ -104,10 +106,6 @@ class Score:
     num_examples: int
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-class TaskError(Exception):
-    """A task cannot do what was asked: it is not found, its data are missing, its model does not fit. Says what to do."""
 
 
 class Task(Protocol):

@@ -19,39 +19,18 @@ text, and never given to `find_task`. Compared are names: `midge.wire.identifier
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.util
 import inspect
-import re
 import sys
-from collections.abc import Iterable
-from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
 from midge.tasks.base import Task, TaskError
+from midge.tasks.references import FILE, did_you_mean, existing_file, no_module, split, target
 
-ENTRY_POINT_GROUP = "midge.tasks"
-
-_BUILT_IN = {
-    "digits": "midge.tasks.digits:DigitsTask",
-    "mnist": "midge.tasks.mnist:MnistTask",
-    "fashion-mnist": "midge.tasks.mnist:FashionMnistTask",
-    "emnist": "midge.tasks.mnist:EmnistTask",
-    "cifar10": "midge.tasks.cifar10:Cifar10Task",
-}
-_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_FILE = re.compile(r"(.+\.py)(?::(.+))?")
 _MEMBERS = ("name", "initial_state", "load_data", "num_examples", "test_data", "train", "evaluate")
 """What makes an object a task; a test compares it with the protocol."""
-
-
-def task_names() -> tuple[str, ...]:
-    """The names that need no module: built-in tasks and entry points, in alphabetical order. Imports none of them."""
-    return tuple(sorted({*_BUILT_IN, *_entry_points()}))
 
 
 def find_task(reference: str) -> Task:
@@ -60,86 +39,20 @@ def find_task(reference: str) -> Task:
     Raises:
         TaskError: there is none, its module cannot be imported, or the object is no task; says which, and what to do.
     """
-    if match := _FILE.fullmatch(reference):
+    if match := FILE.fullmatch(reference):
         return _as_task(reference, _load_from_file(reference, Path(match[1]), match[2] or ""))
-    return _as_task(reference, _load(reference, _target(reference)))
+    return _as_task(reference, _load(reference, target(reference)))
 
 
-def check_reference(reference: str) -> None:
-    """Look, by names and files alone, whether `reference` could name a task: for processes that import none.
-
-    A module is looked for where a child process of this one would find it; only its first part, since finding the rest
-    would run it. So what passes may still turn out to be no task.
-
-    Raises:
-        TaskError: it cannot; says which part, and what to do.
-    """
-    if match := _FILE.fullmatch(reference):
-        _existing_file(reference, Path(match[1]))
-        return
-    module_name, _ = _split(reference, _target(reference))
-    first = module_name.partition(".")[0]
-    if PathFinder.find_spec(first, [str(Path.cwd()), *sys.path]) is None and not _is_found_otherwise(first):
-        raise TaskError(_no_module(reference, module_name, first))
-
-
-def _is_found_otherwise(module_name: str) -> bool:
-    """Whether it is built in, or found by what an editable installation hooks in."""
-    try:
-        return importlib.util.find_spec(module_name) is not None
-    except ValueError:  # it is imported already, and has no specification
-        return True
-
-
-def _target(reference: str) -> str:
-    """The `package.module:object` that a reference to no file leads to."""
-    if ":" in reference:
-        return reference
-    if reference in _BUILT_IN:
-        return _BUILT_IN[reference]
-    points = _entry_points()
-    if reference in points:
-        return points[reference].value
-    raise TaskError(_unknown(reference))
-
-
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def _unknown(reference: str) -> str:
-    known = task_names()
-    hint = _did_you_mean(reference, known)
-    module, dot, name = reference.rpartition(".")
-    if dot and not hint:
-        hint = f" Did you mean '{module}:{name}'?"
-    return (
-        f"task {reference!r}: not known.{hint} Known are {', '.join(known)}; yours is named as package.module:object, or by "
-        "its file, as ./my_task.py."
-    )
-
-
-def _load(reference: str, target: str) -> object:
-    """The object at `target`; `reference` is what was asked for, and what errors speak of."""
-    module_name, path = _split(reference, target)
+def _load(reference: str, leads_to: str) -> object:
+    """The object at `leads_to`; `reference` is what was asked for, and what errors speak of."""
+    module_name, path = split(reference, leads_to)
     return _attribute(reference, _import(reference, module_name), path)
-
-
-def _split(reference: str, target: str) -> tuple[str, str]:
-    """The module and the object that `target` names."""
-    if not _REFERENCE.fullmatch(target):
-        leads = "" if target == reference else f" leads to {target!r}"
-        raise TaskError(
-            f"task {reference!r}{leads}: expected package.module:object, such as my_tasks.images:ImageTask, or a "
-            "file, such as ./my_task.py"
-        )
-    module_name, _, path = target.partition(":")
-    return module_name, path
 
 
 def _load_from_file(reference: str, path: Path, name: str) -> object:
     """The object called `name` in a file, or with no name the one task in it."""
-    path = _existing_file(reference, path)
+    path = existing_file(reference, path)
     directory = str(path.parent)
     if directory not in sys.path:
         sys.path.insert(0, directory)  # as Python does for a program; processes that a task starts get it, too
@@ -154,19 +67,6 @@ def _load_from_file(reference: str, path: Path, name: str) -> object:
             f"task {reference!r}: another module called {path.stem} is imported already, {where}: rename the file"
         )
     return _attribute(reference, module, name) if name else _only_task(reference, module)
-
-
-def _existing_file(reference: str, path: Path) -> Path:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        hint = _did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")])
-        raise TaskError(
-            f"task {reference!r}: there is no file {path}. A path is relative to the directory that the program was started "
-            f"in.{hint}"
-        )
-    if "." in path.stem:
-        raise TaskError(f"task {reference!r}: no module can have the name {path.stem!r}: rename the file")
-    return path
 
 
 def _is_folder(module: ModuleType | None, directory: Path) -> bool:
@@ -205,7 +105,7 @@ def _attribute(reference: str, module: ModuleType, path: str) -> object:
     for attribute in path.split("."):
         if not hasattr(found, attribute):
             public = [name for name in dir(found) if not name.startswith("_")]
-            hint = _did_you_mean(attribute, public)
+            hint = did_you_mean(attribute, public)
             raise TaskError(f"task {reference!r}: module {module.__name__} was imported and has no {path!r}.{hint}")
         found = getattr(found, attribute)
     return found
@@ -217,22 +117,13 @@ def _import(reference: str, module_name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(missing + "."):
-            raise TaskError(_no_module(reference, module_name, missing)) from None
+            raise TaskError(no_module(reference, module_name, missing)) from None
         remedy = "pip install 'midge[torch]'" if module_name.startswith("midge.") else "install what provides it"
         raise TaskError(f"task {reference!r}: it imports {missing!r}, which is not installed: {remedy}") from None
     except TaskError as error:
         raise TaskError(f"task {reference!r}: {error}") from None
     except Exception as error:  # a module may raise anything while it runs
         raise TaskError(f"task {reference!r}: importing {module_name} failed: {_described(error)}") from error
-
-
-def _no_module(reference: str, module_name: str, missing: str) -> str:
-    file = Path(module_name.replace(".", "/") + ".py")
-    hint = f" Did you mean the file, './{file}'?" if file.is_file() else ""
-    return (
-        f"task {reference!r}: no module {missing!r} is found. Install it into this environment, or name its "
-        f"directory in PYTHONPATH.{hint}"
-    )
 
 
 def _as_task(reference: str, found: object) -> Task:
@@ -251,11 +142,6 @@ def _as_task(reference: str, found: object) -> Task:
 
 def _lacks(found: object) -> list[str]:
     return [member for member in _MEMBERS if not hasattr(found, member)]
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _described(error: Exception) -> str:

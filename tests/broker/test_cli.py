@@ -62,11 +62,12 @@ def test_a_run_that_fails_exits_with_1_and_says_why(mosquitto, make_federation):
     assert "Traceback" not in coordinator.log()
 
 
-def test_a_task_that_cannot_be_found_fails_the_run_and_says_what_was_meant(mosquitto, make_federation):
-    federation = make_federation(mosquitto.url, task="tests.broker.tasks:linaer")
+def test_a_task_that_fails_only_when_it_is_imported_fails_the_run_and_says_why(mosquitto, make_federation, tmp_path):
+    (tmp_path / "needy.py").write_text("import no_such_library\ntask = 1\n")
+    federation = make_federation(mosquitto.url, task=f"{tmp_path}/needy.py")
     coordinator = federation.start_coordinator(min_agents=1)
     assert coordinator.wait() == 1
-    assert "Did you mean 'linear'?" in coordinator.log()
+    assert "it imports 'no_such_library', which is not installed" in coordinator.log()
     assert "Traceback" not in coordinator.log()
 
 
@@ -79,6 +80,7 @@ def test_a_task_that_cannot_be_found_fails_the_run_and_says_what_was_meant(mosqu
         (["--broker", "http://127.0.0.1:1883"], ["broker", "mqtt://"]),
         (["--rounds", "0"], ["--rounds", "1"]),
         (["--no-such-option"], ["No such option"]),
+        (["--task", "tests.broker.tasks:linaer"], ["tasks.py has no 'linaer'. Did you mean 'linear'?"]),
     ],
 )
 def test_wrong_use_exits_with_2_and_one_clear_line(arguments, words, tmp_path):
@@ -95,6 +97,23 @@ def test_wrong_use_of_an_agent_exits_with_2_too(tmp_path):
     assert "index is 3, and of is 2: expected 0 to 1" in done.stderr
     assert "treads" in done.stderr
     assert "threads" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("digist", "task 'digist': not known. Did you mean 'digits'?"),
+        ("./digist.py", "there is no file "),
+        ("midge.tasks.digist:DigitsTask", "Did you mean 'midge.tasks.digits'?"),
+    ],
+)
+def test_an_agent_whose_task_is_misspelt_ends_with_2_before_it_connects(task, said, tmp_path, capsys):
+    arguments = ["run", "--task", task, "--state-dir", str(tmp_path / "state"), "--broker", "mqtt://127.0.0.1:1"]
+    with pytest.raises(SystemExit) as ended:
+        edge_agent_main(arguments, prog_name="edge-agent")
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
 
 
 def test_an_http_port_that_is_taken_exits_with_2_and_names_another(mosquitto, make_federation):

@@ -83,9 +83,9 @@ def test_the_status_of_a_failed_run_has_its_reason(two_runs, capsys):
     assert "is failed: round 0 of 3: task 'digist': not known\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{"task": "digist"}, {"task": "./digist.py"}])
-def test_a_task_that_cannot_be_is_refused_before_a_run_is_recorded(tmp_path, capsys, options):
-    options |= {"state_dir": str(tmp_path / "state"), "broker": "mqtt://localhost:1"}
+@pytest.mark.parametrize("task", ["digist", "./digist.py", "midge.tasks.digist:X", "midge.tasks.digits:DigitTask"])
+def test_a_task_that_cannot_be_is_refused_before_a_run_is_recorded(tmp_path, capsys, task):
+    options = {"task": task, "state_dir": str(tmp_path / "state"), "broker": "mqtt://localhost:1"}
     assert commands.run(None, (), options, as_json=False) == 2
     assert "coordinator: task " in capsys.readouterr().err
     assert not (tmp_path / "state").exists()

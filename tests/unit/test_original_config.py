@@ -11,7 +11,7 @@ import pytest
 from coordinator.config import Settings, load_settings
 from coordinator.original_config import KEYS, TASKS
 from midge.settings import SettingsError
-from midge.tasks.registry import task_names
+from midge.tasks.references import task_names
 
 ORIGINAL = {
     "model_name": "resnet18",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from midge.tasks import registry
+from midge.tasks import references, registry
 from midge.tasks.base import Task, TaskError
-from midge.tasks.registry import check_reference, find_task, task_names
+from midge.tasks.references import check_reference, check_source, task_names
+from midge.tasks.registry import find_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +97,7 @@ def test_an_entry_point_is_found_by_its_name_and_listed(module, entry_point):
 def test_a_built_in_name_wins_over_an_entry_point(module, entry_point, monkeypatch):
     module("class Other(Counting): name = 'other'")
     entry_point("digits", "kept_tasks:Other")
-    monkeypatch.setitem(registry._BUILT_IN, "digits", "kept_tasks:Counting")
+    monkeypatch.setitem(references.BUILT_IN, "digits", "kept_tasks:Counting")
     assert find_task("digits").name == "counting"
     assert task_names() == BUILT_IN
 
@@ -110,7 +111,7 @@ def test_listing_names_imports_no_task(module, entry_point):
 
 def test_the_registry_and_partitions_import_no_torch():
     code = (
-        "import sys; from midge.tasks import registry, partition; registry.task_names();"
+        "import sys; from midge.tasks import references, registry, partition; references.task_names();"
         "sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -252,6 +253,10 @@ def test_a_file_and_an_entry_point_pass_without_being_run(module, entry_point, t
         ("kept_none.py", "there is no file "),
         ("kept_taks.py", "Did you mean 'kept_tasks.py'?"),
         ("kept_none.module:task", "no module 'kept_none' is found"),
+        ("kept_tasks.inner:task", "no module 'kept_tasks.inner' is found"),
+        ("midge.tasks.digist:Task", "no module 'midge.tasks.digist' is found"),
+        ("midge.tasks.digist:Task", "Did you mean 'midge.tasks.digits'?"),
+        ("midge.taks.digits:Task", "Did you mean 'midge.tasks'?"),
         ("a b:c", "expected package.module:object"),
     ],
 )
@@ -261,6 +266,77 @@ def test_what_no_task_can_be_called_is_refused_by_its_name(module, tmp_path, mon
     with pytest.raises(TaskError) as caught:
         check_reference(reference)
     assert said in str(caught.value)
+
+
+def test_a_package_is_looked_into_without_being_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("kept_whole", "kept_loose", "kept_loose/inner"):
+        (tmp_path / name).mkdir()
+    for name in ("kept_whole/__init__.py", "kept_whole/deep.py", "kept_loose/deep.py", "kept_loose/inner/deep.py"):
+        (tmp_path / name).write_text("1 / 0")
+    for found in ("kept_whole.deep:x", "kept_whole:x", "kept_loose.deep:x", "kept_loose.inner.deep:x"):
+        check_reference(found)
+    for missing in ("kept_whole.deap", "kept_loose.deap", "kept_whole.deep.inner"):
+        with pytest.raises(TaskError, match=f"no module '{missing}' is found"):
+            check_reference(f"{missing}:x")
+    assert not [name for name in sys.modules if name.startswith("kept_")]
+
+
+def test_a_name_is_looked_for_in_the_text_of_its_module(module, tmp_path, monkeypatch):
+    module("""
+        from typing import Any as kept_any
+        if True:
+            task = made, other = 1, Counting()
+        1 / 0
+    """)
+    monkeypatch.chdir(tmp_path)
+    for name in ("Counting", "task", "made", "other", "kept_any", "Counting.inner"):
+        check_source(f"kept_tasks:{name}")
+        check_source(f"./kept_tasks.py:{name}")
+    check_source("./kept_tasks.py")
+    for reference in ("kept_tasks:Countin", "./kept_tasks.py:Countin"):
+        with pytest.raises(TaskError, match=r"kept_tasks\.py has no 'Countin'\. Did you mean 'Counting'\?"):
+            check_source(reference)
+    for name in ("evaluate", "str"):  # a class's own, and Python's
+        with pytest.raises(TaskError, match=f"has no '{name}'"):
+            check_source(f"kept_tasks:{name}")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from os.path import *",
+        "def __getattr__(name): return Counting()",
+        "globals()['made'] = Counting()",
+        "def make():\n    global made\n    made = Counting()\nmake()",
+    ],
+)
+def test_a_name_that_cannot_be_read_off_the_text_is_left_to_the_import(module, code):
+    module("")
+    (Path(sys.path[0]) / "kept_tasks.py").write_text(f"{textwrap.dedent(A_TASK)}\n{code}\n")
+    check_source("kept_tasks:made")
+
+
+def test_what_is_no_python_is_refused_with_its_line(module):
+    module("")
+    (Path(sys.path[0]) / "kept_tasks.py").write_text("import os\nclass Counting(:\n")
+    with pytest.raises(TaskError, match=r"kept_tasks\.py, line 2: invalid syntax"):
+        check_source("kept_tasks:Counting")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_task_is_where_its_name_leads(name):
+    check_source(name)
+
+
+def test_what_is_beside_a_package_s_own_names_passes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "kept_package").mkdir()
+    (tmp_path / "kept_package" / "__init__.py").write_text("")
+    (tmp_path / "kept_package" / "task.py").write_text("")
+    check_source("kept_package:task.Task")
+    with pytest.raises(TaskError, match="has no 'Other'"):
+        check_source("kept_package:Other")
 
 
 # What is not
