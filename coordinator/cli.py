@@ -155,18 +155,40 @@ def agents(state_dir: Path, as_json: bool) -> None:
     sys.exit(commands.agents(state_dir, as_json=as_json))
 
 
-@main.command(short_help="All runs of a state directory, the latest first.")
+@main.group(invoke_without_command=True, short_help="All runs of a state directory, the latest first.")
 @_looking
-def runs(state_dir: Path, as_json: bool) -> None:
-    """All runs of a state directory, the latest first; works with and without a running coordinator.
+@click.pass_context
+def runs(context: click.Context, state_dir: Path, as_json: bool) -> None:
+    """All runs of a state directory, the latest first; works with and without a running coordinator. Or, with a command, one.
 
     \b
     Examples:
       coordinator runs --state-dir midge-state --json
+      coordinator runs forget digits-3f9a1c
     """
+    if context.invoked_subcommand is not None:
+        return
     from coordinator import commands  # noqa: PLC0415
 
     sys.exit(commands.runs(state_dir, as_json=as_json))
+
+
+@runs.command("forget", short_help="Remove a run, and the models that are its alone.")
+@click.argument("run_id", metavar="RUN")
+@_looking
+def forget_run(run_id: str, state_dir: Path, as_json: bool) -> None:
+    """Remove a run for good: its history, the models that are its alone, its updates and its agents' models.
+
+    What another run or a base model needs stays. No coordinator may be running in the directory: stop it first; what it was
+    doing goes on when it is started again.
+
+    \b
+    Examples:
+      coordinator runs forget digits-3f9a1c --state-dir midge-state
+    """
+    from coordinator.upkeep import commands  # noqa: PLC0415
+
+    sys.exit(commands.forget(state_dir, run_id, as_json=as_json))
 
 
 @main.group(invoke_without_command=True, short_help="The versions of a run's model; base models.")

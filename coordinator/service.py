@@ -227,11 +227,7 @@ class Service:
             # Another run may have had the broker forget this one: it is about to be published again.
             self.store.set_framing(run_id, resumed.framing.frame_elements, resumed.framing.num_frames)
         self._show_run(config, "goes on" if goes_on else "begins")
-        self._to_clear = [
-            (row["run_id"], row["num_frames"])
-            for row in self.store.runs()
-            if row["is_published"] and row["run_id"] != run_id and row["federation"] == settings.federation
-        ]
+        self._to_clear = [each for each in self.store.published(settings.federation) if each[0] != run_id]
         self._begin_tracking(run_id)
         self._driver.start_run(self._make_run(config, resumed), time.monotonic())
         return "goes on" if goes_on else "begins"

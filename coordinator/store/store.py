@@ -39,6 +39,8 @@ KEPT_STRIKES = 2_000
 """Strikes are remembered for this many rounds: the longest window and the longest quarantine."""
 _COPY_JUMP = 10_000
 """How many starts of the original a copy may be old. A coordinator's first epoch in it lies this far above, or up to twice."""
+_PUBLISHED = "published:"
+"""Before the id of a run that was forgotten, and is retained at the broker still."""
 
 
 class Store(Database):
@@ -110,6 +112,17 @@ class Store(Database):
         """Remember that nothing of a run is retained at the broker any more."""
         with self._transaction() as connection:
             connection.execute(tables.runs.update().where(tables.runs.c.run_id == run_id).values(is_published=False))
+            connection.execute(tables.meta.delete().where(tables.meta.c.key == f"{_PUBLISHED}{run_id}"))
+
+    def forget_run(self, run_id: str) -> None:
+        """Delete all rows of a run. What of it is retained at a broker is remembered, for a coordinator to have it cleared."""
+        row = self.run(run_id)
+        with self._transaction() as connection:
+            if row is not None and row["is_published"]:
+                left = {"federation": row["federation"], "num_frames": row["num_frames"]}
+                connection.execute(tables.meta.insert().values(key=f"{_PUBLISHED}{run_id}", value=to_json(left)))
+            for table in (tables.versions, tables.attempts, tables.updates, tables.tallies, tables.runs):
+                connection.execute(table.delete().where(table.c.run_id == run_id))
 
     def save(self, run_id: str, saves: Sequence[ev.Save], agents: Iterable[AgentRow | AgentLeft] = ()) -> None:
         """Persist what one turn decided, in one transaction."""
@@ -164,7 +177,7 @@ class Store(Database):
         return next((row for row in self.base_models() if row["name"] == name), None)
 
     def uses(self, digest: str) -> bool:
-        """Whether a version of any run, what a strategy remembers with it, or a name, is this model."""
+        """Whether a version of any run, what its strategy remembers, or a name, is this model."""
         columns = (tables.versions.c.digest, tables.versions.c.server_state, tables.base_models.c.digest)
         counts = [sa.select(sa.func.count()).where(column == digest).scalar_subquery() for column in columns]
         with self._engine.connect() as connection:
@@ -178,6 +191,15 @@ class Store(Database):
         """One run."""
         rows = self._rows(sa.select(tables.runs).where(tables.runs.c.run_id == run_id))
         return rows[0] if rows else None
+
+    def published(self, federation: str) -> list[tuple[str, int]]:
+        """The runs of which something is retained at the broker, forgotten ones too, each with its number of frames."""
+        found = [(row["run_id"], row["num_frames"]) for row in self.runs() if _is_published(row, federation)]
+        for row in self._rows(sa.select(tables.meta).where(tables.meta.c.key.startswith(_PUBLISHED))):
+            left = msgspec.json.decode(row["value"])
+            if left["federation"] == federation:
+                found.append((row["key"].removeprefix(_PUBLISHED), left["num_frames"]))
+        return found
 
     def latest(self, federation: str, fingerprint: str) -> tuple[str | None, str]:
         """The latest run of this definition and its state; None and "" where there was none."""
@@ -272,6 +294,10 @@ class Store(Database):
         """The epoch of the coordinator that started last; 0 where none did."""
         rows = self._rows(sa.select(tables.meta.c.value).where(tables.meta.c.key == "epoch"))
         return int(rows[0]["value"]) if rows else 0
+
+
+def _is_published(row: Mapping[str, Any], federation: str) -> bool:
+    return bool(row["is_published"] and row["federation"] == federation)
 
 
 def _short_name(task: str) -> str:

@@ -1,4 +1,4 @@
-"""What `coordinator verify` and `coordinator backup` do, once their options are read. Each returns its exit code."""
+"""What `coordinator verify`, `backup` and `runs forget` do, once their options are read. Each returns its exit code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from coordinator.store import StoreError, StoreWriteError
 from coordinator.upkeep.backup import BackupError, WrongTargetError
 from coordinator.upkeep.backup import backup as back_up
 from coordinator.upkeep.findings import Report
+from coordinator.upkeep.forget import UnknownRunError
+from coordinator.upkeep.forget import forget as forget_run
 from coordinator.upkeep.verify import WrongDirectoryError
 from coordinator.upkeep.verify import repair as repair_directory
 from coordinator.upkeep.verify import verify as verify_directory
@@ -66,6 +68,30 @@ def backup(state_dir: Path, to: Path, *, as_json: bool) -> int:
     _console.print(escape(f"{made.path}: {', '.join(content)}, {made.size_bytes / 1e6:.1f} MB"), soft_wrap=True)
     for run_id, round_num in made.standing.items():
         _console.print(f"run {run_id} as it was in round {round_num + 1}", soft_wrap=True)
+    return 0
+
+
+def forget(state_dir: Path, run_id: str, *, as_json: bool) -> int:
+    """`coordinator runs forget`: 0 where it is gone, 1 where the disk does not let it go, 2 for wrong use."""
+    try:
+        gone = forget_run(state_dir, run_id)
+    except InUseError:
+        return _wrong(f"{state_dir}: a coordinator is running in it; stop it, then forget the run")
+    except (UnknownRunError, StoreError) as error:
+        _wrong(error)
+        return 1 if isinstance(error, StoreWriteError) else 2
+    except OSError as error:
+        _wrong(f"{error.filename or state_dir}: {error.strerror or error}; see what `coordinator verify` says")
+        return 1
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(gone), indent=2).decode() + "\n")
+        return 0
+    kept = "1 model stays, since other runs or base models need it"
+    if gone.shared > 1:
+        kept = f"{gone.shared} models stay, since other runs or base models need them"
+    shared = f"; {kept}" if gone.shared else ""
+    content = f"{_counted(gone.versions, 'version')}, {_counted(gone.models, 'model')}, {gone.size_bytes / 1e6:.1f} MB"
+    _console.print(escape(f"forgot {gone.run_id}: {content}{shared}"), soft_wrap=True)
     return 0
 
 
