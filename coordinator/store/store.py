@@ -121,7 +121,7 @@ class Store(Database):
             if row is not None and row["is_published"]:
                 left = {"federation": row["federation"], "num_frames": row["num_frames"]}
                 connection.execute(tables.meta.insert().values(key=f"{_PUBLISHED}{run_id}", value=to_json(left)))
-            for table in (tables.versions, tables.attempts, tables.updates, tables.tallies, tables.runs):
+            for table in tables.OF_A_RUN:
                 connection.execute(table.delete().where(table.c.run_id == run_id))
 
     def save(self, run_id: str, saves: Sequence[ev.Save], agents: Iterable[AgentRow | AgentLeft] = ()) -> None:

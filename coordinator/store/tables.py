@@ -126,6 +126,10 @@ def _set_score(source: str) -> sa.Executable:
     return versions.update().where(where).values({source: sa.bindparam("score")})
 
 
+OF_A_RUN = (versions, attempts, updates, tallies, strikes, runs)
+"""The tables with a `run_id`."""
+
+
 # Made once: to compile a statement costs more than to execute it.
 STATEMENTS: dict[str, sa.Executable] = {
     # Not an upsert: a version is written once, and a second one with its number is an error (I1).
