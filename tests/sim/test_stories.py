@@ -8,44 +8,16 @@ import pytest
 
 from coordinator.driver import SupersededError
 from coordinator.round import RoundConfig, draw_order
-from midge.transport.base import Connected, MessageReceived
+from midge.transport.base import Connected
 from midge.transport.memory import Faults
 from midge.wire.messages import CoordinatorStatus, Presence, decode, encode
 from tests.sim.agent_process import LIES, Behaviour
-from tests.sim.federation import Federation, told
+from tests.sim.federation import Federation
 from tests.sim.learning import chain
 from tests.sim.stranger import Stranger
+from tests.sim.telling import losing, run, until_training
 
 HONEST = Behaviour()
-
-
-def run(federation: Federation, limit_s: float = 60.0) -> None:
-    """Start it, unless it was, and run it to its end."""
-    with told(federation, "this test"):
-        if federation.coordinator.generation == 0:
-            federation.start()
-        assert federation.run(lambda: federation.is_done, limit_s), "I6: it did not come to its end"
-
-
-def until_training(federation: Federation, round_num: int) -> None:
-    """Start it and run it until somebody trains in this round."""
-    federation.start()
-    assert federation.run(lambda: any(number == round_num for number, _ in federation.auditor.trainings), 60.0)
-
-
-def losing(federation: Federation, matches, times: int) -> list[MessageReceived]:
-    """Have the broker lose the first messages that match, `times` of them; they are noted in the list."""
-    lost: list[MessageReceived] = []
-    send = federation.broker.send
-
-    def send_or_lose(client, event, *, faultless=False):
-        if isinstance(event, MessageReceived) and len(lost) < times and matches(client.client_id, event):
-            lost.append(event)
-        else:
-            send(client, event, faultless=faultless)
-
-    federation.broker.send = send_or_lose
-    return lost
 
 
 def test_without_faults_each_agent_trains_once_a_round_and_every_update_counts():
@@ -126,7 +98,7 @@ def test_an_agent_whose_birth_was_lost_is_found_though_nobody_misses_it():
 # Agents.
 
 
-@pytest.mark.fault(10, 11, 12)
+@pytest.mark.fault(8, 10, 11, 12)
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
@@ -191,6 +163,7 @@ def test_an_agent_whose_disk_is_full_refuses_and_takes_part_once_there_is_room()
     run(federation)
 
 
+@pytest.mark.fault(4)
 def test_an_agent_that_lost_its_disk_in_mid_upload_trains_again_and_its_first_update_is_late():
     federation = Federation(21, [HONEST, Behaviour(varies=True)], rounds=1)
     frames = federation.topics.prefix + "/agent/agent-1/update/"
@@ -218,6 +191,7 @@ def test_an_agent_that_died_while_the_broker_was_down_is_given_up_long_before_th
     run(federation, limit_s=federation.now + 70.0)
 
 
+@pytest.mark.fault(26)
 def test_while_agents_train_for_an_hour_next_to_nothing_is_said():
     patient = Behaviour(training_s=(3600.0, 3600.0))
     bounds = RoundConfig(minimum=2, quorum=2, report_deadline_s=1e5)
@@ -234,6 +208,7 @@ def test_while_agents_train_for_an_hour_next_to_nothing_is_said():
 # The coordinator and the broker.
 
 
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("forget", [True, False])
 def test_a_broker_that_dies_in_every_round_delays_it_and_nothing_is_trained_twice(forget):
     federation = Federation(12, [HONEST, HONEST], rounds=4, is_strict=True)
@@ -280,6 +255,7 @@ def test_a_coordinator_that_lost_its_state_goes_above_the_epoch_that_the_fleet_h
     assert [row["digest"] for row in federation.store.version_rows] == federation.expected_chain
 
 
+@pytest.mark.fault(29)
 def test_a_coordinator_steps_down_for_a_newer_one():
     federation = Federation(15, [HONEST, HONEST])
     until_training(federation, 1)
@@ -291,6 +267,7 @@ def test_a_coordinator_steps_down_for_a_newer_one():
         federation.run(lambda: False, federation.now + 1.0)
 
 
+@pytest.mark.fault(2)
 def test_a_fleet_of_ghosts_in_an_old_file_of_the_broker_is_not_waited_for():
     federation = Federation(16, [HONEST, HONEST], is_strict=True)
     for number in range(50):
@@ -312,6 +289,7 @@ def test_an_operator_may_close_a_round_once_quorum_is_there():
     assert federation.run(lambda: federation.agents[1].driver.agent.invitation is None, 21.0)
 
 
+@pytest.mark.fault(34)
 def test_stopping_and_starting_the_coordinator_in_every_round_changes_nothing():
     federation = Federation(18, [HONEST, HONEST], rounds=5, is_strict=True)
     federation.start()
@@ -336,6 +314,7 @@ def test_a_flood_of_garbage_is_counted_and_nothing_else():
     assert set(federation.coordinator.driver.fleet.agents) <= {"agent-0", "agent-1", "mallory"}
 
 
+@pytest.mark.fault(17)
 def test_two_agents_of_one_name_do_not_bring_a_round_down():
     bounds = RoundConfig(minimum=2, quorum=2, report_deadline_s=60.0)
     federation = Federation(20, [HONEST, HONEST], round_config=bounds, is_strict=True)
