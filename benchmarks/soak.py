@@ -58,7 +58,7 @@ KEEP_MODELS = 3
 MAX_MODELS = KEEP_MODELS + 4
 """With the best, one that is being written, one that is about to go, and one of a round that was done again."""
 NUM_PASSERS_BY = 10_000
-_MOST_A_SECOND = 100.0
+_MOST_A_SECOND = 300.0
 _RECOVERY_S = 90.0
 _STAY_S = 2.0
 
