@@ -101,6 +101,26 @@ class TestedLinearTask(LinearTask):
         return self.load_data(DataSpec(part=9))
 
 
+class AlikeLinearTask(LinearTask):
+    """The same, where all parts follow one law, and an agent may send ten times the opposite of what it learned."""
+
+    name = "alike-linear"
+
+    def load_data(self, spec: DataSpec) -> Examples:
+        data = super().load_data(spec)
+        return Examples(data.inputs, data.targets - spec.part, data.part, data.control)
+
+    def test_data(self) -> Examples:
+        return self.load_data(DataSpec(part=9))
+
+    def train(self, state: State, data: Examples, spec: TrainSpec, progress: Callable[[float], None]) -> Trained:
+        trained = super().train(state, data, spec, progress)
+        if _fault(data.control) != "flip":
+            return trained
+        flipped = {name: before - 10 * (trained.state[name] - before) for name, before in state.items()}
+        return Trained(state=flipped, num_examples=trained.num_examples)
+
+
 class WideTask(LinearTask):
     """A vector that each agent halves and moves by its part, and a counter that each raises by its part + 1."""
 
