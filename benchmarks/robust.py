@@ -17,7 +17,7 @@ is what runs in the field: the task's own training and evaluation, the gates, th
 aggregation with its divergence guard (`max_step_ratio` at 10). A round whose step is refused leaves the model as it is; `!`
 marks cells where that happened. Only the broker and the processes of agents are left out.
 
-A run of 30 rounds takes 3 s of one core, and a seed has 72 runs.
+A run of 30 rounds takes 3 s of one core where nothing else runs, and a seed has 72 runs.
 """
 
 from __future__ import annotations
@@ -283,8 +283,9 @@ def main() -> None:
         console.print(table_of(partition, attacks, rules, done))
     counts = sum(one.num_rejected for one in done.values()), sum(one.num_refused for one in done.values())
     console.print(
-        f"{options.rounds} rounds, median of {options.seeds} seeds; the gates rejected {counts[0]} updates, {counts[1]} steps "
-        f"were refused (!); {time.monotonic() - began:.0f} s in {options.processes} process(es)"
+        f"{options.rounds} rounds, median of {options.seeds} seed(s); the gates rejected {counts[0]} updates, {counts[1]} steps "
+        f"were refused (!); {time.monotonic() - began:.0f} s in {options.processes} process(es)",
+        soft_wrap=True,
     )
     if options.json:
         found = [asdict(run) | asdict(one) for run, one in done.items()]

@@ -307,7 +307,7 @@ class Watch:
 
     def _quarantine(self, agent_id: str, last_round: int, detail: str) -> None:
         view = self._agent(agent_id)
-        if bool(view.quarantined_until) != bool(last_round) and last_round:
+        if last_round and not view.quarantined_until:
             self._shared.board.add_event(f"{agent_id} is {detail}")
         view.quarantined_until, view.quarantine = last_round, detail
         agents = self._shared.board.agents.values()

@@ -328,7 +328,7 @@ class Run:
 
     def _on_fleet(self, agent_id: str, change: Change) -> list[ev.Command]:
         commands: list[ev.Command] = []
-        if agent_id in self.quarantine.held and change is not Change.LEFT:
+        if agent_id in self.quarantine.held and agent_id not in self._available and change is not Change.LEFT:
             commands += quarantined(agent_id, self.quarantine, self._address)
         if self.attempt is None:
             return commands

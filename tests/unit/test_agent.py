@@ -467,6 +467,15 @@ def test_what_is_told_while_idle_or_at_another_address_is_stale():
     assert talk.agent.work is AgentState.TRAINING
 
 
+def test_a_quarantine_is_told_whether_the_agent_works_or_not_and_stops_no_work():
+    talk = Talk()
+    told = Cancel(**address_of(invitation()), reason="quarantined")
+    assert talk.hear(ev.Told(told)) == [ev.Quarantined(told.run_id, told.round_num)]
+    talk.to_training()
+    assert talk.tell(Cancel, reason="quarantined") == [ev.Quarantined(told.run_id, told.round_num)]
+    assert talk.agent.work is AgentState.TRAINING
+
+
 # Fetching.
 
 

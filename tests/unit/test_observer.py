@@ -414,3 +414,37 @@ def test_two_processes_that_take_turns_under_one_id_are_counted_and_named_once(w
     assert watched.board.agents["pi-1"].detail.startswith("two processes use this agent id in turn: give each its own")
     assert len(watched.board.events) == 1
     assert [record.getMessage() for record in caplog.records] == ["two processes use one agent id"]
+
+
+def test_who_is_in_quarantine_is_shown_until_it_is_over(watched, caplog):
+    with caplog.at_level(logging.INFO, "coordinator"):
+        watched.watch.note(ev.AgentQuarantined("a", 12, "quarantined until round 12 is over: 3 updates rejected"))
+    view = watched.board.agents["a"]
+    assert (view.quarantined_until, view.quarantine) == (12, "quarantined until round 12 is over: 3 updates rejected")
+    assert watched.board.events == ["a is quarantined until round 12 is over: 3 updates rejected"]
+    assert watched.of_run("midge_agents_quarantined") == 1
+    assert "agent quarantined" in caplog.text
+    watched.watch.note(ev.AgentReleased("a"))
+    assert watched.board.agents["a"].quarantined_until == 0
+    assert watched.of_run("midge_agents_quarantined") == 0
+
+
+def test_a_quarantine_of_an_earlier_run_is_not_shown_in_the_next(watched):
+    watched.watch.note(ev.AgentQuarantined("a", 12, "quarantined"))
+    watched.watch.begin_run("next", target=3, quorum=2)
+    assert watched.board.agents["a"].quarantined_until == 0
+
+
+def test_a_refused_candidate_is_counted_and_told_with_who_is_left_out(watched, caplog):
+    with caplog.at_level(logging.WARNING, "coordinator"):
+        watched.watch.note(ev.CandidateJudged(3, 1, "its loss is twice as much", ("c",)))
+    assert watched.of_run("midge_candidates_refused_total") == 1
+    assert caplog.records[-1].getMessage().startswith("candidate refused")
+
+
+def test_who_is_left_out_counts_as_neither_invited_nor_accepted(watched):
+    members = {"a": MemberState.REPORTED, "b": MemberState.INVITED, "c": MemberState.LEFT_OUT}
+    watched.watch.saved(ev.SaveAttempt(1, 2, RoundState.COLLECTING, "", members))
+    assert watched.of_run("midge_cohort_invited") == 2
+    assert watched.of_run("midge_cohort_accepted") == 1
+    assert watched.board.agents["c"].activity == "left out"

@@ -183,3 +183,12 @@ def test_a_server_state_that_another_run_needs_is_kept(disk):
     disk.commit(1, memory=0.5)
     disk.commit(2, memory=0.75)
     assert disk.states() == [1, 2]
+
+
+def test_a_refused_candidate_goes_unless_a_version_has_the_same_content(disk):
+    digest = disk.commit(0, memory=5.0)
+    state = disk.store.versions(disk.run_id)[0]["server_state"]
+    candidate = disk.models.save_state({"w": np.array([9.0], np.float32)})
+    disk.retention.refused(candidate, state)
+    disk.retention.refused(digest, None)
+    assert disk.models.digests() == {digest, state}

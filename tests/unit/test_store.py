@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from coordinator import run_events as ev
+from coordinator.quarantine import Strike
 from coordinator.round import MemberState, RoundState
 from coordinator.store import DATABASE, KEPT_ROUNDS, SCHEMA_VERSION, AgentLeft, AgentRow, Store, StoreError, tables
 from midge.wire.messages import Evaluation
@@ -227,6 +228,19 @@ def test_of_agents_that_are_gone_only_so_many_are_remembered_the_last_that_left(
     assert [row["agent_id"] for row in store.agents()] == ["gone-6", "gone-7", "gone-8", "here"]
     store.save("", [], [AgentRow("gone-9", "offline", "digits", {}, "0.1")])
     assert len(store.agents()) == 5  # looked at now and then
+
+
+def test_strikes_come_back_in_order_and_old_ones_are_forgotten(store, monkeypatch):
+    monkeypatch.setattr("coordinator.store.store.KEPT_STRIKES", 2)
+    run_id = create(store)
+    strikes = [Strike(3, 2, "a", "norm"), Strike(3, 1, "b", "held_out"), Strike(1, 1, "a", "not_finite")]
+    store.save(run_id, [ev.SaveStrike(strike) for strike in strikes])
+    assert store.strikes(run_id) == [strikes[2], strikes[1], strikes[0]]
+    store.save(run_id, [version(4)])
+    store = reopened(store)
+    assert store.strikes(run_id) == [strikes[1], strikes[0]]
+    assert store.strikes("another") == []
+    store.close()
 
 
 def test_updates_are_remembered_for_some_rounds_and_versions_for_ever(store, monkeypatch):
