@@ -37,6 +37,7 @@ class Case:
         task: of `tests/broker/tasks.py`; `wide` has many frames, and several blocks.
         hold: agent-1's first training waits until the coordinator is dead.
         disturb: what else has to happen for the point to be passed.
+        agent_point: where agent-1 has a fail point of its own; it is killed once the coordinator is dead.
         is_short: whether `make test` has it too.
     """
 
@@ -44,6 +45,7 @@ class Case:
     task: str = "linear"
     hold: bool = False
     disturb: Setting | None = None
+    agent_point: str = ""
     is_short: bool = False
 
 
@@ -85,13 +87,14 @@ CASES = [
     *both("update", 3),
     *both("evaluation", 1),
     *both("tallies", 2),
-    Case("coordinator.transaction.written:8"),
+    Case("coordinator.transaction.written:6"),
     Case("coordinator.frame.published:25", task="wide"),
     Case("coordinator.head.published:2"),
     Case("coordinator.frame.stored:45", task="wide"),
     Case("coordinator.spool.synced:3"),
     Case("coordinator.sent.invitation:3"),
-    Case("coordinator.sent.credit:4", task="wide"),
+    # Where the frames come with the header, or right after it, nothing is acknowledged but the whole.
+    Case("coordinator.sent.credit:1", task="wide", agent_point="agent.header.sent:1:hang"),
     Case("coordinator.sent.receipt:3"),
     Case("coordinator.sent.cancel:1", hold=True, disturb=close_the_round),
     Case("coordinator.aggregation.block:10", task="wide"),
@@ -136,7 +139,10 @@ def test_a_coordinator_killed_at_a_point_goes_on(case, shared_broker, make_feder
     federation = make_federation(shared_broker.url, name=name, task=f"tests.broker.tasks:{case.task}")
     if case.hold:
         federation.hold("agent-1", training=1)
-    agents = federation.start_agents(2, check_data="false")
+    agents = [
+        federation.start_agent("agent-0", part=0, check_data="false"),
+        federation.start_agent("agent-1", part=1, check_data="false", fail_point=case.agent_point),
+    ]
     settings = {"rounds": ROUNDS, "min_agents": 2, **BATCHES}
     coordinator = federation.start_coordinator(fail_point=case.point, **settings)
     if case.disturb is not None:
@@ -148,6 +154,8 @@ def test_a_coordinator_killed_at_a_point_goes_on(case, shared_broker, make_feder
     versions = len(federation.versions())
     if case.hold:
         federation.release("agent-1")
+    if case.agent_point:
+        agents[1].kill()
     if not agents[1].is_running:
         federation.start_agent("agent-1", part=1, check_data="false")
     with recovery.watch():
