@@ -283,8 +283,8 @@ def main() -> None:
         console.print(table_of(partition, attacks, rules, done))
     counts = sum(one.num_rejected for one in done.values()), sum(one.num_refused for one in done.values())
     console.print(
-        f"{options.rounds} rounds, median of {options.seeds} seed(s); the gates rejected {counts[0]} updates, {counts[1]} steps "
-        f"were refused (!); {time.monotonic() - began:.0f} s in {options.processes} process(es)",
+        f"{options.rounds} rounds, median of {options.seeds} seed(s); the gates rejected {counts[0]} updates, "
+        f"{counts[1]} steps were refused (!); {time.monotonic() - began:.0f} s in {options.processes} process(es)",
         soft_wrap=True,
     )
     if options.json:

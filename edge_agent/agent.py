@@ -237,7 +237,7 @@ class Agent:
 
     def _on_coordinator(self, event: ev.CoordinatorSeen) -> list[ev.Command]:
         status = event.status
-        if self._is_older_epoch(status.epoch):
+        if self._is_older_epoch(status.epoch) or (status.epoch < self.epoch and not status.online):
             return [ev.Stale("presence of an older coordinator")]
         came_back = status.online and self._coordinator_is_away
         self._coordinator_is_away = not status.online

@@ -868,16 +868,20 @@ def test_whatever_comes_an_agent_never_raises_and_its_invariants_hold(seed: int)
 def test_an_epoch_that_was_none_is_forgotten_once_the_coordinator_speaks():
     talk = Talk()
     talk.hear(ev.CoordinatorSeen(status(epoch=2**53)))
-    assert only(talk.invite(), ev.Stale)
     assert only(talk.hear(ev.CoordinatorSeen(status(online=False))), ev.Stale)  # a will says nothing of who is there
     talk.hear(ev.CoordinatorSeen(status()))
-    assert said(talk.invite(), Acceptance)
+    assert talk.agent.epoch == EPOCH
+    talk.invite(run_id="elsewhere", epoch=2**53)
+    assert talk.agent.epoch == 2**53
+    assert [message.epoch for message in said(talk.invite(), Acceptance)] == [EPOCH]
+    assert talk.agent.epoch == EPOCH
 
 
 def test_a_coordinator_that_is_only_older_stays_fenced():
     talk = Talk()
     talk.hear(ev.CoordinatorSeen(status(epoch=EPOCH + MAX_EPOCH_JUMP - 1)))
     assert only(talk.hear(ev.CoordinatorSeen(status())), ev.Stale)
+    assert only(talk.invite(), ev.Stale)
 
 
 def test_a_coordinator_of_another_protocol_is_named_once_and_its_invitation_refused_until_it_is_brought_up_to_date():
