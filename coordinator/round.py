@@ -324,9 +324,7 @@ class Round:
         match self.state:
             case RoundState.SELECTING:
                 left = in_words(self.deadline() - now)
-                return (
-                    f"waiting for agents: {len(self._eligible)} of {self.config.minimum} are there (gives up in {left})"
-                )
+                return f"waiting for agents: {self._num_there} of {self.config.minimum} are there (gives up in {left})"
             case RoundState.COLLECTING:
                 left = in_words(min(self._ends_at, math.inf if self._num_awaited else self._grace_ends_at()) - now)
                 return f"{len(self.reported)} of {self._wanted} updates, {self._waiting_for()} (at most {left})"
@@ -378,7 +376,7 @@ class Round:
         commands: list[Command] = []
         if self.state is RoundState.SELECTING and self.now >= self._ends_at:
             commands = self._abandon(
-                f"{len(self._eligible)} of {self.config.minimum} agents were there after "
+                f"{self._num_there} of {self.config.minimum} agents were there after "
                 f"{self.config.selection_deadline_s:g} s; start more agents or lower min_agents"
             )
         elif self.state is RoundState.COLLECTING:
@@ -446,7 +444,7 @@ class Round:
         match event:
             case FleetChanged(available):
                 self._available = available
-                if self.state is RoundState.SELECTING and len(self._eligible) >= self.config.minimum:
+                if self.state is RoundState.SELECTING and self._has_enough:
                     return self._select()
             case Aggregated(digest):
                 self.state = RoundState.CHECKING if self.config.is_checked else RoundState.COMMITTED
@@ -569,6 +567,17 @@ class Round:
     def _eligible(self) -> frozenset[str]:
         """Agents that are there, and that this attempt need not do without."""
         return self._available.difference(self.left_out)
+
+    @property
+    def _num_there(self) -> int:
+        """Those that are left out had reported: for the least cohort they count as there."""
+        return len(self._available.union(self.left_out))
+
+    @property
+    def _has_enough(self) -> bool:
+        return self._num_there >= self.config.minimum and len(self._eligible) >= min(
+            self.config.quorum, self.config.minimum
+        )
 
     @property
     def _invited(self) -> list[str]:

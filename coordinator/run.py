@@ -405,7 +405,7 @@ class Run:
         """Whose update the next attempt is to do without; nobody where too few would be left."""
         reported = machine.reported
         spare = self._available - machine.members.keys()
-        if len(reported) - 1 + len(spare) < max(self.config.round.quorum, self.config.round.minimum):
+        if len(reported) - 1 + len(spare) < self.config.round.quorum:
             return ()
         return (furthest((agent_id, self.accepted[agent_id].norm) for agent_id in reported),)
 

@@ -182,8 +182,10 @@ class Averaging(Strategy):
 
     def __post_init__(self) -> None:
         require(self, "server_learning_rate", above=0)
-        if self.clip_to_median != 0:
-            require(self, "clip_to_median", at_least=1)  # below, agents that all agree would be shortened
+        clip = self.clip_to_median
+        if not (isinstance(clip, int | float) and (clip == 0 or 1 <= clip < math.inf)):
+            # Below 1, agents that all agree would be shortened.
+            raise StrategyError(f"is {clip!r}: expected a number of at least 1, or 0 for no bound", "clip_to_median")
         if self.weighting not in get_args(Weighting):
             expected = "'examples', 'uniform' or 'sum'"
             raise StrategyError(f"{self.name}: weighting is {self.weighting!r}: expected {expected}")

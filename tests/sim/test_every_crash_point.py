@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from coordinator.held_out import HeldOutGate
 from coordinator.round import RoundConfig
 from tests.sim.agent_process import Behaviour
 from tests.sim.federation import Federation, told
 
 ROUNDS = 3
 RESTART_S = 3.0
+GATED_SEED = 23
+"""Of which two candidates are refused, and what is left of each round passes."""
 LIMIT_S = 60.0
 """Far below the report deadline of 600 s: what a crash leaves behind is found at once, not when a wait runs out."""
 
@@ -60,6 +65,40 @@ def test_an_agent_killed_at_any_operation_comes_back():
             break
         operation += 1
     assert operation > 40
+
+
+def judged(operation: int) -> Federation:
+    """A federation whose held-out gate refuses some candidates: where versions grow by more than a fifth of their norm."""
+    federation = Federation(
+        GATED_SEED,
+        [Behaviour(), Behaviour(), Behaviour()],
+        rounds=ROUNDS,
+        round_config=RoundConfig(minimum=3, quorum=2, report_deadline_s=600.0, is_checked=True),
+    )
+    federation.config = dataclasses.replace(federation.config, held_out=HeldOutGate(max_loss_ratio=1.2), start_agents=3)
+    federation.restart_after = lambda _: federation.rng.uniform(0.1, RESTART_S)
+    federation.coordinator.light_fuse(operation)
+    return federation
+
+
+@pytest.mark.long
+@pytest.mark.fault(3, 32)
+def test_a_coordinator_killed_at_any_operation_judges_candidates_as_if_it_had_not_been(recovery):
+    undisturbed = judged(0)
+    assert not survives(undisturbed, "nobody killed")
+    digests = [row["digest"] for row in undisturbed.store.version_rows]
+    left_out = {(strike.round_num, strike.agent_id) for strike in undisturbed.store.strikes("")}
+    assert left_out
+    operation = 1
+    while True:
+        federation = judged(operation)
+        if not survives(federation, f"the coordinator killed at operation {operation}, with a held-out gate"):
+            break
+        assert [row["digest"] for row in federation.store.version_rows] == digests, f"I10: killed at {operation}"
+        assert {(strike.round_num, strike.agent_id) for strike in federation.store.strikes("")} == left_out
+        operation += 1
+    recovery.tried(operation - 1)
+    assert operation > 150
 
 
 @pytest.mark.no_cover

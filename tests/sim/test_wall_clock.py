@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 READS_IT = {
     "midge/log.py": "when a line was written",
     "coordinator/metrics.py": "when the last version was committed, as Prometheus has it",
+    "coordinator/observer.py": "since when and until when something is waited for, as a person reads it",
     "coordinator/store/rows.py": "when a row was written; rows are ordered by their numbers",
     "coordinator/upkeep/backup.py": "when a file of an archive was made",
     "coordinator/trackers.py": "when a figure was noted, as TensorBoard and MLflow have it",

@@ -380,7 +380,7 @@ def test_who_has_no_mean_cannot_clip():
 
 
 def test_a_bound_below_the_median_itself_is_refused():
-    with pytest.raises(SettingsError, match=r"fedavg: clip_to_median is 0\.5: expected a finite number of at least 1"):
+    with pytest.raises(SettingsError, match=r"clip_to_median is 0\.5: expected a number of at least 1, or 0"):
         load_settings(assignments=["clip_to_median=0.5"])
 
 
