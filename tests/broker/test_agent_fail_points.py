@@ -18,6 +18,8 @@ from tests.broker.conftest import BrokerUnderTest
 from tests.broker.federation import wait_until
 from tests.broker.undisturbed import BATCHES, accepted, digests, findings, undisturbed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 ROUNDS = 2
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.broker.federation import call, call_json, wait_until
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 HONEST = ("agent-0", "agent-1", "agent-2")
 
 

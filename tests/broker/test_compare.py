@@ -21,6 +21,8 @@ from tests.environment import unmeasured
 
 PATIENCE_S = 240.0
 PNG = b"\x89PNG\r\n\x1a\n"
+LINEAR = ("--task", "tests.broker.tasks:TestedLinearTask", "--set", "learning_rate=0.05")
+"""A task without torch: what takes time is what is asked about."""
 CONFIG = """
 task = "digits"
 rounds = 3
@@ -71,7 +73,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_every_arm_makes_the_steps_that_the_budget_gives_it_and_everything_is_written(tmp_path):
     config, out = tmp_path / "experiment.toml", tmp_path / "out"
     config.write_text(CONFIG)
-    status, printed, complaint = ended(compare(out, str(config), "--json"))
+    status, printed, complaint = ended(compare(out, str(config), "--json", environment=unmeasured()))
     assert (status, complaint) == (0, "")
     found = json.loads(printed)
     assert found == json.loads((out / "compare.json").read_text())
@@ -120,7 +122,7 @@ def test_every_arm_makes_the_steps_that_the_budget_gives_it_and_everything_is_wr
 
 def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_was(tmp_path):
     out = tmp_path / "out"
-    options = ("--agents", "2", "--rounds", "40", "--seeds", "1", "--arms", "federated,alone")
+    options = (*LINEAR, "--agents", "2", "--rounds", "40", "--seeds", "1", "--arms", "federated,alone")
     first = compare(out, *options, environment=unmeasured())
     attendance = out / "work" / "federated-seed-0" / "state" / "attendance.jsonl"
     wait_until(lambda: len(lines_of(attendance)) >= 3, first)
@@ -148,7 +150,7 @@ def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_wa
     assert [one["num_updates"] for one in result["rounds"]] == [0] + [2] * 40
 
     # Another configuration is refused with what differs; another arm is added to what is there.
-    status, _, complaint = ended(compare(out, *options[:2], "--rounds", "41", *options[4:]))
+    status, _, complaint = ended(compare(out, *options, "--rounds", "41"))
     assert status == 2
     assert "another comparison was begun here, which differs in\n  rounds: 40 there, 41 here" in complaint
     before = (out / "results" / "federated-seed-0.json").stat().st_mtime_ns
@@ -163,7 +165,7 @@ def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_wa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "out"
-    process = compare(out, "--agents", "2", "--rounds", "100", environment=unmeasured())
+    process = compare(out, *LINEAR, "--agents", "2", "--rounds", "1000", environment=unmeasured())
     wait_until((out / "work" / "federated-seed-0" / "logs" / "agent-2.log").exists, process)
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
@@ -178,8 +180,8 @@ def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number):
 
 def test_a_task_with_neither_accuracy_nor_steps_is_compared_by_its_loss(tmp_path):
     out = tmp_path / "out"
-    options = ("--task", "tests.broker.tasks:TestedLinearTask", "--agents", "2", "--rounds", "4", "--seeds", "2")
-    status, printed, complaint = ended(compare(out, *options, "--set", "learning_rate=0.05", "--json"))
+    options = (*LINEAR, "--agents", "2", "--rounds", "4", "--seeds", "2")
+    status, printed, complaint = ended(compare(out, *options, "--json"))
     assert (status, complaint) == (0, "")
     found = json.loads(printed)
     assert found["metric"] == "loss"
@@ -224,9 +226,9 @@ def test_wrong_use_is_told_without_a_traceback_before_anything_trains(tmp_path, 
 
 def test_two_comparisons_cannot_share_a_directory(tmp_path):
     out = tmp_path / "out"
-    first = compare(out, "--rounds", "100", environment=unmeasured())
+    first = compare(out, *LINEAR, "--rounds", "1000", environment=unmeasured())
     wait_until((out / "plan.json").exists, first)
-    status, _, complaint = ended(compare(out, "--rounds", "100"))
+    status, _, complaint = ended(compare(out, *LINEAR, "--rounds", "1000"))
     assert status == 2
     assert "another comparison is running in it" in complaint
     first.send_signal(signal.SIGINT)
@@ -235,7 +237,7 @@ def test_two_comparisons_cannot_share_a_directory(tmp_path):
 
 def test_a_torn_result_is_named_and_not_taken(tmp_path):
     out = tmp_path / "out"
-    options = ("--arms", "alone", "--seeds", "1", "--rounds", "1")
+    options = (*LINEAR, "--arms", "alone", "--seeds", "1", "--rounds", "1")
     assert ended(compare(out, *options))[0] == 0
     result = out / "results" / "alone-agent-1-seed-0.json"
     whole = msgspec.json.decode(result.read_bytes())

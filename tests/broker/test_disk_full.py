@@ -17,6 +17,8 @@ from tests.broker import tasks
 from tests.broker.federation import Federation, Program, call, call_json, federated, wait_until
 from tests.broker.test_restart import into_the_middle_of
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 LIMIT_BYTES = 400_000
 """Below the 1.2 MB of a model of the task `wide`, above a log and a small database."""
 ROOM_BYTES = 128 << 20

@@ -22,6 +22,8 @@ from tests.broker.conftest import BrokerUnderTest
 from tests.broker.federation import Federation, Program, call
 from tests.broker.undisturbed import BATCHES, accepted, digests, findings, undisturbed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 ROUNDS = 3
 READY_S = 30.0
 """The promise is 5 s. The table shows what it was; a machine that tests share with others is given more."""

@@ -24,6 +24,8 @@ from midge.wire.topics import Topics
 from tests.broker import tasks
 from tests.broker.federation import Program, assert_same_model, federated, wait_until
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WIDE = "tests.broker.tasks:wide"
 
 

@@ -30,33 +30,20 @@ def start_agent(federation: Federation, number: int):
     agent.wait_for_log("broker connected")
 
 
-ORDERS = {
-    "both agents first": ("agent 0", "agent 1", "coordinator"),
-    "the coordinator first": ("coordinator", "agent 1", "agent 0"),
-}
-
-
-def test_whatever_is_started_first_three_rounds_are_trained_and_the_model_is_the_same(mosquitto, make_federation):
-    digests = set()
-    for number, order in enumerate(ORDERS.values()):
-        federation = make_federation(mosquitto.url, f"order-{number}", task=str(EXAMPLE / "loop_task.py"))
-        for what in order:
-            if what == "coordinator":
-                coordinator = start_coordinator(federation)
-                coordinator.wait_for_log("broker connected")
-            else:
-                start_agent(federation, int(what[-1]))
-        assert coordinator.wait(SLOW_S) == 0, coordinator.log()
-        versions = federation.versions()
-        assert [version["num_updates"] for version in versions] == [0, 2, 2, 2]
-        assert [version["num_examples"] for version in versions[1:]] == [1437] * 3
-        losses = [version["central"].loss for version in versions]
-        assert losses == sorted(losses, reverse=True), losses  # SGD with 0.001 learns slowly, and steadily
-        assert federation.runs()[0]["task"] == "loop_task.py"
-        assert federation.run_id().startswith("loop-task-")
-        digests.add(versions[3]["digest"])
-        federation.end()
-    assert len(digests) == 1
+def test_an_agent_may_be_started_before_the_coordinator_and_another_after_it(mosquitto, make_federation):
+    federation = make_federation(mosquitto.url, task=str(EXAMPLE / "loop_task.py"))
+    start_agent(federation, 1)
+    coordinator = start_coordinator(federation)
+    coordinator.wait_for_log("broker connected")
+    start_agent(federation, 0)
+    assert coordinator.wait(SLOW_S) == 0, coordinator.log()
+    versions = federation.versions()
+    assert [version["num_updates"] for version in versions] == [0, 2, 2, 2]
+    assert [version["num_examples"] for version in versions[1:]] == [1437] * 3
+    losses = [version["central"].loss for version in versions]
+    assert losses == sorted(losses, reverse=True), losses  # SGD with 0.001 learns slowly, and steadily
+    assert federation.runs()[0]["task"] == "loop_task.py"
+    assert federation.run_id().startswith("loop-task-")
 
 
 def test_the_class_runs_unchanged_and_its_metrics_arrive(mosquitto, make_federation):

@@ -13,6 +13,8 @@ import pytest
 
 from tests.broker.federation import Program, wait_until
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 NUM_AGENTS = 200
 _MIB = 1 << 20
 

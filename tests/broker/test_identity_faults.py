@@ -11,6 +11,8 @@ from tests.broker.proxy import Proxy
 from tests.broker.test_network_faults import KEEPALIVE_S, finish
 from tests.broker.test_restart import BATCHES, digests, into_the_middle_of, undisturbed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PREFIX = "midge/1/test"
 
 

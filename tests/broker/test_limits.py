@@ -11,6 +11,8 @@ from tests.broker.federation import Federation, Program, wait_until
 from tests.broker.test_disk_full import assert_as_undisturbed
 from tests.broker.test_restart import into_the_middle_of
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WIDE = "tests.broker.tasks:wide"
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.broker.federation import ROOT, environment
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def run_benchmark(name: str, *arguments: str, timeout_s: float) -> str:
     command = [sys.executable, f"benchmarks/{name}.py", *arguments]

@@ -11,6 +11,8 @@ from tests.broker.test_disk_full import assert_as_undisturbed
 from tests.broker.test_restart import BATCHES, digests, into_the_middle_of, undisturbed
 from tests.fault_table import Recovery
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WIDE = "tests.broker.tasks:wide"
 MODEL_BYTES = 1_200_000
 KEEPALIVE_S = 2

@@ -18,6 +18,8 @@ from tests.broker import tasks
 from tests.broker.federation import Federation, Program, wait_until
 from tests.broker.undisturbed import BATCHES, digests, findings, undisturbed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 ENDED_S = 30.0
 ROUNDS = 2
 SETTINGS: dict[str, object] = {"rounds": ROUNDS, "min_agents": 2, **BATCHES}

@@ -9,6 +9,8 @@ import pytest
 from tests.broker.federation import Program, wait_until
 from tests.broker.test_disk_full import assert_as_undisturbed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WIDE = "tests.broker.tasks:wide"
 
 

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from midge import __version__
 from tests.broker.federation import call, call_json, wait_until
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 FILE = """
 import numpy as np

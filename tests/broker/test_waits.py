@@ -9,6 +9,8 @@ import pytest
 from tests.broker.federation import call, wait_until
 from tests.broker.undisturbed import BATCHES
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 KEEPALIVE_S = 2
 
 
