@@ -154,11 +154,9 @@ def _spec_of(reference: str, module_name: str) -> ModuleSpec | None:
     name = first
     for part in rest:
         parent, name = name, f"{name}.{part}"
-        try:
-            places = list(spec.submodule_search_locations or ())
-            found = PathFinder.find_spec(name, places)
-        except KeyError:  # a directory without __init__.py within another one: only importing tells
-            return None
+        places = list(spec.submodule_search_locations or ())
+        # By its own name alone: with the package's, a directory without __init__.py would have to be imported first.
+        found = PathFinder.find_spec(part, places)
         if found is None:
             raise TaskError(no_module(reference, module_name, name, _modules_in(parent, places)))
         spec = found

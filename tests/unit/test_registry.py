@@ -276,7 +276,7 @@ def test_a_package_is_looked_into_without_being_run(tmp_path, monkeypatch):
         (tmp_path / name).write_text("1 / 0")
     for found in ("kept_whole.deep:x", "kept_whole:x", "kept_loose.deep:x", "kept_loose.inner.deep:x"):
         check_reference(found)
-    for missing in ("kept_whole.deap", "kept_loose.deap", "kept_whole.deep.inner"):
+    for missing in ("kept_whole.deap", "kept_loose.deap", "kept_loose.inner.deap", "kept_whole.deep.inner"):
         with pytest.raises(TaskError, match=f"no module '{missing}' is found"):
             check_reference(f"{missing}:x")
     assert not [name for name in sys.modules if name.startswith("kept_")]
