@@ -2,7 +2,7 @@
 
 Whatever happens to the worker, an exception, a kill, a lack of memory, becomes one failed training with its reason, unless the
 update was on disk by then; the next training starts a new one. At the agent's start a worker may check the data; it goes on to
-train if that is wanted by then, and else is ended. Only one training runs at a time. A cancelled one may still run for a
+train if that is wanted soon, and else is ended. Only one training runs at a time. A cancelled one may still run for a
 moment, since a task lets go when it reports progress; if it has not after `_PATIENCE_S`, the worker is ended: it works for
 nothing, and another may wait.
 """
@@ -25,6 +25,9 @@ from midge.tasks.process import Child
 from midge.wire.messages import Head, Invitation
 
 _PATIENCE_S = 10.0
+_AFTER_CHECK_S = 10.0
+"""A worker that has looked at the data waits so long for a training: where agents and coordinator start together, the first
+invitation comes a few seconds later, and to load torch and the data again would take longer than that."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(msg.Reply).decode
@@ -140,8 +143,10 @@ class Trainer:
             )
         reply = event.reply
         if isinstance(reply, msg.DataChecked):
-            if self._running is None:
-                self.stop()
+            if self._running is None and reply.summary is None:
+                self.stop()  # the next training looks at the data anew
+            elif self._running is None:
+                self._idle_at = now + min(self._idle_s, _AFTER_CHECK_S)
             return None
         if reply.request != self._running:
             return None

@@ -24,7 +24,13 @@ def alone(make_federation):
 
 def test_an_agent_says_what_it_has_and_then_is_one_process_again(alone):
     agent = alone.start_agent(
-        "agent-0", "--task", "tests.unit.tiny_tasks:labelled", part=2, partition="contiguous", check_data="true"
+        "agent-0",
+        "--task",
+        "tests.unit.tiny_tasks:labelled",
+        part=2,
+        partition="contiguous",
+        check_data="true",
+        worker_idle_s=0.2,
     )
     agent.wait_for_log("data checked")
     assert 'examples=20 labels="cat:6 dog:7 cow:7"' in agent.log()

@@ -247,13 +247,41 @@ def test_a_worker_that_cannot_be_started_is_a_failed_training_too(talk, monkeypa
 CHECKED = msg.DataChecked(summary=DataSummary(num_examples=3))
 
 
-def test_a_check_starts_a_worker_that_is_ended_once_it_has_said_what_it_found(talk):
+def test_a_check_starts_a_worker_that_is_ended_soon_after_it_has_said_what_it_found(talk):
     talk.trainer.check_data()
     assert talk.child.requests == [SETUP, msg.CheckData()]
     assert talk.trainer.deadline() == math.inf
     assert talk.says(CHECKED) == []
+    assert talk.trainer.deadline() == talk.now + 10.0
+    talk.wait(9.9)
+    assert not talk.child.is_stopped
+    talk.wait(0.2)
     assert talk.child.is_stopped
     assert talk.trainer.pid is None
+
+
+def test_a_training_that_is_wanted_soon_after_a_check_finds_the_data_loaded(talk):
+    talk.trainer.check_data()
+    talk.says(CHECKED)
+    talk.wait(5.0)
+    talk.train()
+    assert len(talk.children) == 1
+    assert [type(request) for request in talk.child.requests] == [msg.SetUp, msg.CheckData, msg.TrainModel]
+    talk.wait(100.0)
+    assert not talk.child.is_stopped
+
+
+def test_a_worker_that_found_the_data_wanting_is_ended_at_once(talk):
+    talk.trainer.check_data()
+    assert talk.says(msg.DataChecked(detail="no examples")) == []
+    assert talk.child.is_stopped
+
+
+def test_an_operator_s_shorter_rest_holds_after_a_check_too(talk):
+    talk.trainer = Trainer(SETUP, talk.directory, talk.queue.put, idle_s=0.5)
+    talk.trainer.check_data()
+    talk.says(CHECKED)
+    assert talk.trainer.deadline() == talk.now + 0.5
 
 
 def test_a_training_that_is_wanted_meanwhile_goes_to_the_same_worker(talk, tmp_path):
