@@ -173,6 +173,14 @@ class Settings(CommonSettings, frozen=True, kw_only=True):
     evaluate: Annotated[
         bool, Meta(description="Whether the coordinator evaluates each version, where the task has test data.")
     ] = True
+    evaluate_every: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Versions 0, n, 2n and so on are evaluated, by agents and coordinator; by the latter also the last.",
+        ),
+    ] = 1
     data_dir: Annotated[
         Text, Meta(description="Where the data lie that versions are evaluated on; empty: the task's own place.")
     ] = ""

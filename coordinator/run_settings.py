@@ -21,6 +21,7 @@ def run_config(run_id: str, settings: Settings, strategy: Strategy) -> RunConfig
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         momentum=settings.momentum,
+        evaluate_every=settings.evaluate_every,
         extra=dict(settings.task_options),
     )
     return RunConfig(

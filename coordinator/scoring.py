@@ -33,11 +33,11 @@ class Scoring:
         """Go on where an earlier process was: it owed these evaluations."""
         self.best = best
         if self._config.evaluate:
-            self.owed = {version.round_num: version.digest for version in unevaluated}
+            self.owed = {each.round_num: each.digest for each in unevaluated if self._is_due(each.round_num)}
 
     def begin(self, version: Version) -> list[ev.Command]:
         """A version is there: have it evaluated, where that can be done."""
-        if not self._has_test_data:
+        if not self._has_test_data or not self._is_due(version.round_num):
             return []
         self.owed[version.round_num] = version.digest
         return [ev.EvaluateModel(version.round_num, version.digest)]
@@ -71,6 +71,10 @@ class Scoring:
         if not self._has_test_data:
             self._improve(base.round_num, score)
         return [ev.SaveEvaluation(base.round_num, "federated", score)]
+
+    def _is_due(self, round_num: int) -> bool:
+        """Whether the coordinator evaluates this version."""
+        return round_num % self._config.training.evaluate_every == 0 or round_num == self._config.rounds
 
     def _improve(self, round_num: int, score: Evaluation) -> None:
         metric = self._config.best_metric

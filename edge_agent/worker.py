@@ -1,7 +1,7 @@
 """The worker: the only process of an agent that holds torch and the data. The supervisor starts it and feeds it.
 
-For each round it evaluates the global model on its own data, trains from it, and writes the update to disk. It may be killed at
-any time: an update that is not whole on disk does not exist.
+For each round it evaluates the global model on its own data, where that is due, trains from it, and writes the update to disk.
+It may be killed at any time: an update that is not whole on disk does not exist.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class Worker:
         )
         if isinstance(task, FollowsRounds):
             task.begin_round(spec)
-        score = task.evaluate(state, data)
+        is_due = request.head.round_num % request.training.evaluate_every == 0
+        score = task.evaluate(state, data) if is_due else None
         trained = task.train(state, data, spec, progress)
         _write_update(request, layout, trained, score, time.monotonic() - began)
         fail_point("worker.update.written")
@@ -201,7 +202,9 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, score: Score, training_s: float) -> None:
+def _write_update(
+    request: msg.TrainModel, layout: Layout, trained: Trained, score: Score | None, training_s: float
+) -> None:
     if trained.num_examples < 1:
         raise TaskError(f"{request.run_id}: training used {trained.num_examples} examples, expected at least 1")
     vector, counters = state_to_vector(trained.state, layout)
@@ -233,7 +236,7 @@ def _write_update(request: msg.TrainModel, layout: Layout, trained: Trained, sco
         counters=counters,
         training_s=training_s,
         metrics=fitting(trained.metrics),
-        evaluation=to_evaluation(score),
+        evaluation=None if score is None else to_evaluation(score),
     )
     write_update(Path(request.update_path), frames, update)
 

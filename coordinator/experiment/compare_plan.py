@@ -265,6 +265,7 @@ def _run_settings(base: Settings, num_agents: int) -> Settings:
         over_select=1.0,
         select={},
         evaluate=True,
+        evaluate_every=1,
         keep_agent_models=False,
         tensorboard_dir="",
         mlflow_uri="",

@@ -140,6 +140,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     proximal_mu: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
     """Weight of `mu / 2 * ||w - w_global||^2` in the loss; 0 for none."""
+    evaluate_every: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
+    """Evaluate the version on the agent's own data, before training from it, where its number is a multiple of this."""
     extra: Parameters = {}
     """What the task alone knows."""
 

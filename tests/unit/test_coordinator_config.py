@@ -68,6 +68,7 @@ WORKING = {
     "quarantine_window": 1,
     "quarantine_rounds": 1,
     "evaluate": False,
+    "evaluate_every": 5,
     "data_dir": "x",
     "download": True,
     "evaluation_deadline_s": 1.0,

@@ -15,9 +15,10 @@ from coordinator.held_out import HeldOutGate
 from coordinator.quarantine import QuarantineConfig
 from coordinator.round import MemberState, RoundState
 from coordinator.run import FINAL, Resumed, RunState, Version
+from coordinator.scoring import Scoring
 from coordinator.uplink import Verdict
 from midge.wire.frames import Frame, content_tag, run_tag
-from midge.wire.messages import Acceptance, Cancel, Credit, Evaluation, Invitation, Receipt, Refusal
+from midge.wire.messages import Acceptance, Cancel, Credit, Evaluation, Invitation, Receipt, Refusal, TrainingConfig
 from tests.machines import (
     EPOCH,
     FRAMING,
@@ -500,6 +501,27 @@ def test_never_more_than_two_evaluations_are_under_way():
             talk.evaluated(round_num)
         assert len(under_way) <= 2
     assert talk.run.version == Version(12, version_digest(12))
+
+
+def test_every_third_version_is_evaluated_and_the_last():
+    talk = Talk(config(rounds=7, training=TrainingConfig(evaluate_every=3)))
+    commands = talk.prepared()
+    evaluated = [command.round_num for command in of_kind(commands, ev.EvaluateModel)]
+    talk.published()
+    talk.come("a", "b")
+    while talk.run.state is not RunState.DONE:
+        for round_num in list(talk.run.scoring.owed):
+            talk.evaluated(round_num)
+        if talk.run.state is RunState.IN_ROUND:
+            evaluated += [command.round_num for command in of_kind(commit(talk), ev.EvaluateModel)]
+            talk.published()
+    assert evaluated == [0, 3, 6, 7]
+
+
+def test_a_run_that_goes_on_owes_no_evaluation_of_a_version_that_is_passed_over():
+    scoring = Scoring(config(rounds=7, training=TrainingConfig(evaluate_every=3)))
+    scoring.restore(None, [Version(number, version_digest(number)) for number in (3, 4)])
+    assert list(scoring.owed) == [3]
 
 
 def test_the_best_version_is_the_one_of_the_highest_metric_and_the_first_of_equals():

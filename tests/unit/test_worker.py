@@ -61,8 +61,15 @@ class Told:
         if not self.worker.interrupt(payload):
             self.worker.handle(payload, lambda reply: self.replies.append(msgspec.json.decode(reply, type=msg.Reply)))
 
-    def train(self, frame_elements: int = 2, state: Any = None, proximal_mu: float = 0.0, **options: Any) -> msg.Reply:
-        """Train once, with these options of the task; returns the last reply."""
+    def train(
+        self,
+        frame_elements: int = 2,
+        state: Any = None,
+        proximal_mu: float = 0.0,
+        evaluate_every: int = 1,
+        **options: Any,
+    ) -> msg.Reply:
+        """Train once, from version 2 and with these options of the task; returns the last reply."""
         state = tiny.initial_state(0) if state is None else state
         self._num_requests += 1
         of_model = head(state, frame_elements)
@@ -73,7 +80,7 @@ class Told:
                 request=self._num_requests,
                 run_id=RUN_ID,
                 round_num=3,
-                training=TrainingConfig(proximal_mu=proximal_mu, extra=options),
+                training=TrainingConfig(proximal_mu=proximal_mu, evaluate_every=evaluate_every, extra=options),
                 run_seed=SEED,
                 head=of_model,
                 model_path=str(self.journal.model_path),
@@ -195,6 +202,14 @@ def test_a_model_that_is_not_the_task_s_own_is_refused_before_any_training(told)
 def test_tensors_in_another_order_are_the_same_model(told):
     state = tiny.initial_state(0)
     assert told.train(state={name: state[name] for name in reversed(state)}) == msg.Finished(request=1)
+
+
+@pytest.mark.parametrize(("evaluate_every", "is_evaluated"), [(1, True), (2, True), (3, False)])
+def test_a_version_is_evaluated_where_its_number_is_a_multiple(told, evaluate_every, is_evaluated):
+    assert told.train(evaluate_every=evaluate_every) == msg.Finished(request=1)
+    update = told.journal.update()
+    assert (update.evaluation is not None) == is_evaluated
+    assert update.metrics["loss"] == 0.5  # it was trained all the same
 
 
 def test_a_round_is_told_of_before_the_evaluation_and_the_training(tmp_path):
