@@ -39,8 +39,9 @@ def outlives(federation: Federation, what: str) -> bool:
     return federation.disk.num_failures > 0
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("lands", [False, True], ids=["undone", "done"])
-@pytest.mark.parametrize("times", measured.first(1, [2, 1, 3, 5]))
+@pytest.mark.parametrize("times", measured.first(1, [2, 1, 3, 5], num_short=2))
 def test_a_disk_that_fails_at_any_write_for_a_while_changes_no_version(times, lands):
     """Undone: no room. Done: an error of the device, after which nobody knows what is there."""
     write = 1
@@ -55,9 +56,9 @@ def test_a_disk_that_fails_at_any_write_for_a_while_changes_no_version(times, la
     assert write > 40
 
 
-@pytest.mark.no_cover
+@pytest.mark.fault(3, 14)
 @pytest.mark.parametrize("lands", [False, True], ids=["undone", "done"])
-@pytest.mark.parametrize("later", [1, 2, 4, 7])
+@pytest.mark.parametrize("later", measured.first(0, [2, 1, 4, 7], num_short=1))
 def test_a_coordinator_killed_while_it_waits_for_the_disk_or_soon_after_goes_on(later, lands):
     num_crashes = 0
     for write in range(2, 52):
