@@ -18,8 +18,8 @@ the invitation at hand is stale, noted and ignored; an invitation of an older ep
 An invitation that is older than the newest one, or whose work has ended already, is a late delivery: it begins nothing, but
 a refusal is said again, since nobody acknowledges one. A newer invitation replaces the work at hand. If it is for the same
 (run, round, model) it changes only the address, that is the epoch and the attempt: a training goes on, and a finished update
-is offered again, never trained again. A finished update is kept on disk until a receipt, or until an invitation for
-something else.
+is offered again, never trained again. A finished update is kept until a receipt, or until the next training begins: after
+a restart nobody remembers which invitation was the newest, and an old one that comes late must not cost the work.
 """
 
 from __future__ import annotations
@@ -293,8 +293,6 @@ class Agent:
         commands += [ev.WriteInvitation(invitation), self._say(Acceptance)]
         if self.update is not None and _trained_for(self.update, invitation):
             return commands + self._begin_upload()
-        if self.update is not None:
-            self.update = None
         return commands + self._begin_fetch()
 
     def _renew(self, invitation: Invitation) -> list[ev.Command]:
@@ -363,7 +361,7 @@ class Agent:
         if self.work is not AgentState.FETCHING or self._pull is None or self._head is None or self.invitation is None:
             return []
         if is_right:
-            self._pull = None
+            self._pull = self.update = None  # the file of an earlier update is about to be overwritten
             self.work = AgentState.TRAINING
             return [ev.Train(self.invitation, self._head)]
         self._model_retries += 1

@@ -335,8 +335,9 @@ def test_an_invitation_to_the_next_round_replaces_the_work(work: AgentState):
     assert of_kind(commands, ev.WriteInvitation) == [ev.WriteInvitation(invitation(2))]
     assert only(commands, ev.OpenModel).head == head(1)
     assert talk.agent.work is AgentState.FETCHING
-    assert talk.agent.update is None
     assert talk.hear(ev.TrainingFinished(finished(RUN_ID, 1, version_digest(0)))) == []
+    talk.pull()
+    assert talk.agent.update is None
 
 
 def test_an_update_of_the_round_before_does_not_end_the_training_at_hand():
@@ -444,12 +445,17 @@ def test_a_kept_update_is_offered_to_the_next_attempt_and_not_trained_again():
     assert talk.agent.work is AgentState.UPLOADING
 
 
-def test_a_kept_update_is_dropped_for_another_round():
+def test_a_kept_update_is_dropped_once_another_training_begins():
     talk = at(AgentState.AWAITING_RECEIPT)
+    kept = talk.agent.update
     talk.tell(Cancel, reason="closed")
     talk.invite(2)
-    assert talk.agent.update is None
     assert talk.agent.work is AgentState.FETCHING
+    assert talk.agent.update is kept
+    talk.hear(ev.HeadSeen(head(1)))
+    talk.pull()
+    assert talk.agent.work is AgentState.TRAINING
+    assert talk.agent.update is None
 
 
 def test_what_is_told_while_idle_or_at_another_address_is_stale():
@@ -808,9 +814,20 @@ def test_an_agent_that_restarts_with_a_finished_update_offers_it_when_it_is_invi
 def test_an_agent_that_restarts_with_an_update_of_another_version_trains_anew():
     for stale in (finished(RUN_ID, 1, version_digest(9)), finished("other", 1, version_digest(0))):
         talk = Talk(stale)
-        talk.invite()
-        assert talk.agent.work is AgentState.FETCHING
+        talk.to_training()
+        assert talk.agent.work is AgentState.TRAINING
         assert talk.agent.update is None
+
+
+def test_an_old_invitation_that_comes_late_after_a_restart_does_not_cost_a_finished_update():
+    update = finished(RUN_ID, 2, version_digest(1))
+    talk = Talk(update)
+    talk.invite(1)
+    talk.hear(ev.HeadSeen(head(1)))
+    assert talk.agent.work is AgentState.FETCHING  # of a version that is no longer there
+    commands = talk.invite(2)
+    assert [header.update_digest for header in said(commands, UpdateHeader)] == [update.update_digest]
+    assert of_kind(commands, ev.Train | ev.OpenModel | ev.WatchHead) == []
 
 
 # Whatever comes.
