@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import resource
+from pathlib import Path
 
 import psutil
 import pytest
@@ -81,10 +84,12 @@ def test_a_limit_that_the_broker_does_not_tell_is_guessed_and_the_run_ends_with_
     broker = start_mosquitto("message_size_limit 50000")
     federation = make_federation(broker.url, task=WIDE)
     federation.start_agents(2)
-    coordinator = federation.start_coordinator(rounds=1, min_agents=2, round_deadline_s=4, max_attempts=2)
+    bounds = {"start_deadline_s": 40, "round_deadline_s": 4, "max_attempts": 2}
+    coordinator = federation.start_coordinator(rounds=1, min_agents=2, **bounds)
     coordinator.wait_for_log("has the broker a limit that it does not tell (in Mosquitto message_size_limit)?")
     assert coordinator.wait() == 1
-    assert "round 1 was abandoned 2 times" in coordinator.log()
+    # Each frame costs its sender the connection: whether both were ever there at once is chance.
+    assert re.search(r"round 1 was abandoned 2 times|of 2 agents came within", coordinator.log())
     assert coordinator.log().count("broker connected") < 20  # it waits longer and longer
 
 
@@ -93,6 +98,14 @@ def test_a_limit_that_the_broker_does_not_tell_is_guessed_and_the_run_ends_with_
 
 def limit(program: Program, what: int, value: int) -> None:
     resource.prlimit(program.pid, what, (value, resource.prlimit(program.pid, what)[1]))
+
+
+def first_free(program: Program, *, without_sockets: bool) -> int:
+    """The least descriptor that it does not use, or that only a connection of its own uses."""
+    used = {int(path.name) for path in Path(f"/proc/{program.pid}/fd").iterdir()}
+    if without_sockets:
+        used -= {connection.fd for connection in psutil.Process(program.pid).net_connections("tcp")}
+    return next(number for number in itertools.count() if number not in used)
 
 
 def lift(program: Program, what: int) -> None:
@@ -153,9 +166,8 @@ def test_an_agent_without_descriptors_refuses_for_that_reason_and_takes_part_lat
     else:
         agents = federation.start_agents(2)
         for agent in agents:
-            agent.wait_for_log("data checked")
-            wait_until(lambda agent=agent: not agent.children(), f"the worker of {agent.name} is gone")
-    limit(agents[1], resource.RLIMIT_NOFILE, psutil.Process(agents[1].pid).num_fds() - (moment == "connecting"))
+            agent.wait_for_log("broker connected")
+    limit(agents[1], resource.RLIMIT_NOFILE, first_free(agents[1], without_sockets=moment == "connecting"))
     if moment == "connecting":
         mosquitto.kill()
         mosquitto.start()
