@@ -175,12 +175,13 @@ class SmallWorld(World):
         act(*args)
 
 
-def walk(victim: str, down_s: float, *, doubles: bool = True) -> Iterator[SmallWorld]:
+def walk(victim: str, down_s: float, *, doubles: bool = True, first: int = 1, step: int = 1) -> Iterator[SmallWorld]:
     """Every world in which this one is killed and is away for so long; each has lived, and none comes twice.
 
-    Those in which nobody is killed, or nothing comes twice, are among them; without `doubles`, the latter alone.
+    Those in which nobody is killed, or nothing comes twice, are among them; without `doubles`, the latter alone. A walk in
+    `step` parts has the `first` operation and every step-th after it in one of them.
     """
-    for operation in count(1):
+    for operation in count(first, step):
         has_crashed = False
         for num_kept, further in chain([(_ALL, 0)], ((number, number + 1) for number in count())):
             most_unsynced = 0
