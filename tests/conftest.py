@@ -8,7 +8,7 @@ from hypothesis import settings
 from tests import fault_table
 from tests.fault_table import recovery  # noqa: F401  a fixture
 
-NUM_SEEDS = 300
+NUM_SEEDS = 200
 
 settings.register_profile("untimed", deadline=None)  # machines are shared and noisy
 settings.load_profile("untimed")

@@ -11,9 +11,14 @@ It is also the example to start your own task from: a model, data, and nothing e
 from __future__ import annotations
 
 from functools import cache
-from typing import ClassVar
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from midge.tasks.base import DataSpec, TaskError
@@ -23,6 +28,8 @@ from midge.tasks.torch_task import TorchTask
 NUM_TEST = 360
 _SPLIT_SEED = 0
 _BRIGHTEST = 16
+_CUT_FILE = Path(__file__).with_name("digits_cut.txt")
+"""The cut of `_SPLIT_SEED`, written down: so it is the same with every version of scikit-learn, and at once."""
 
 
 class DigitsTask(TorchTask):
@@ -58,17 +65,45 @@ class DigitsTask(TorchTask):
 @cache
 def _splits(split_seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The training data and the test data."""
+    pixels, digits = _everything()
+    order = _cut(split_seed, digits)
+    images = torch.from_numpy(pixels).float() / _BRIGHTEST
+    labels = torch.from_numpy(digits).long()
+    train, test = order[:-NUM_TEST], order[-NUM_TEST:]
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def _everything() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """All images as scikit-learn keeps them, uint8[1797, 64] from 0 to 16, and their labels, uint8[1797].
+
+    Read from its installed file: to import scikit-learn for that takes longer than a round, in each worker, and 60 MB.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise TaskError(
+            "task digits: its data come with scikit-learn, which is not installed: pip install 'midge[torch]'"
+        )
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    else:  # another version of it keeps them elsewhere
+        table = np.column_stack(_sklearn("sklearn.datasets").load_digits(return_X_y=True)).astype(np.uint8)
+    return table[:, :-1], table[:, -1]
+
+
+def _cut(split_seed: int, digits: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Which images, int64[1797]: those to train on, and then those to test on, of every digit its share."""
+    if split_seed == _SPLIT_SEED:
+        return np.loadtxt(_CUT_FILE, dtype=np.int64)
+    split = _sklearn("sklearn.model_selection").train_test_split
+    train, test = split(np.arange(len(digits)), test_size=NUM_TEST, random_state=split_seed, stratify=digits)
+    return np.concatenate([train, test])
+
+
+def _sklearn(module: str) -> Any:
     try:
-        # Here, not above: the import takes a second, and scikit-learn is an optional dependency.
-        from sklearn.datasets import load_digits  # noqa: PLC0415
-        from sklearn.model_selection import train_test_split  # noqa: PLC0415
+        return import_module(module)
     except ImportError as error:
         raise TaskError(
             f"task digits: its data come with scikit-learn, which cannot be imported ({error}): pip install 'midge[torch]'"
         ) from None
-    pixels, digits = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float() / _BRIGHTEST
-    labels = torch.from_numpy(digits).long()
-    everything = range(len(digits))
-    train, test = train_test_split(everything, test_size=NUM_TEST, random_state=split_seed, stratify=digits)
-    return (images[train], labels[train]), (images[test], labels[test])

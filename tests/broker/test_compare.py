@@ -42,7 +42,7 @@ def compare(out: Path, *options: str, environment: dict[str, str] | None = None)
         [sys.executable, "-m", "coordinator", "compare", "--out", str(out), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment if environment is not None else dict(os.environ),
+        env=environment if environment is not None else unmeasured(),
         text=True,
     )
 
@@ -73,7 +73,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_every_arm_makes_the_steps_that_the_budget_gives_it_and_everything_is_written(tmp_path):
     config, out = tmp_path / "experiment.toml", tmp_path / "out"
     config.write_text(CONFIG)
-    status, printed, complaint = ended(compare(out, str(config), "--json", environment=unmeasured()))
+    status, printed, complaint = ended(compare(out, str(config), "--json"))
     assert (status, complaint) == (0, "")
     found = json.loads(printed)
     assert found == json.loads((out / "compare.json").read_text())
@@ -123,7 +123,7 @@ def test_every_arm_makes_the_steps_that_the_budget_gives_it_and_everything_is_wr
 def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_was(tmp_path):
     out = tmp_path / "out"
     options = (*LINEAR, "--agents", "2", "--rounds", "40", "--seeds", "1", "--arms", "federated,alone")
-    first = compare(out, *options, environment=unmeasured())
+    first = compare(out, *options)
     attendance = out / "work" / "federated-seed-0" / "state" / "attendance.jsonl"
     wait_until(lambda: len(lines_of(attendance)) >= 3, first)
     below = psutil.Process(first.pid).children(recursive=True)
@@ -137,7 +137,7 @@ def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_wa
     noted = lines_of(attendance)
     assert 3 <= len(noted) < 40
 
-    status, _, complaint = ended(compare(out, *options))
+    status, _, complaint = ended(compare(out, *options, environment=dict(os.environ)))
     assert status == 0, complaint
     assert lines_of(attendance)[: len(noted)] == noted
     assert len(lines_of(attendance)) == 40
@@ -165,7 +165,7 @@ def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_wa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "out"
-    process = compare(out, *LINEAR, "--agents", "2", "--rounds", "1000", environment=unmeasured())
+    process = compare(out, *LINEAR, "--agents", "2", "--rounds", "1000")
     wait_until((out / "work" / "federated-seed-0" / "logs" / "agent-2.log").exists, process)
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
@@ -181,7 +181,7 @@ def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number):
 def test_a_task_with_neither_accuracy_nor_steps_is_compared_by_its_loss(tmp_path):
     out = tmp_path / "out"
     options = (*LINEAR, "--agents", "2", "--rounds", "4", "--seeds", "2")
-    status, printed, complaint = ended(compare(out, *options, "--json"))
+    status, printed, complaint = ended(compare(out, *options, "--json", environment=dict(os.environ)))
     assert (status, complaint) == (0, "")
     found = json.loads(printed)
     assert found["metric"] == "loss"
@@ -226,7 +226,7 @@ def test_wrong_use_is_told_without_a_traceback_before_anything_trains(tmp_path, 
 
 def test_two_comparisons_cannot_share_a_directory(tmp_path):
     out = tmp_path / "out"
-    first = compare(out, *LINEAR, "--rounds", "1000", environment=unmeasured())
+    first = compare(out, *LINEAR, "--rounds", "1000")
     wait_until((out / "plan.json").exists, first)
     status, _, complaint = ended(compare(out, *LINEAR, "--rounds", "1000"))
     assert status == 2

@@ -17,6 +17,8 @@ from midge.tasks.base import DataSpec, State, TrainSpec, seed_of
 from tests.broker import tasks
 from tests.broker.federation import assert_same_model, call, call_json, wait_until
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 TASK = "tests.broker.tasks:linear"
 
 

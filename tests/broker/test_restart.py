@@ -13,6 +13,8 @@ from tests.broker import tasks
 from tests.broker.federation import Federation, Program, wait_until
 from tests.broker.undisturbed import BATCHES, digests, undisturbed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def into_the_middle_of(federation: Federation, round_num: int, coordinator: Program) -> None:
     """agent-0 has reported in this round, and agent-1, which a test has told to hold, still trains."""

@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import tarfile
 
+import pytest
+
 from tests.broker import tasks
 from tests.broker.federation import call, call_json, wait_until
 from tests.broker.test_restart import BATCHES, digests, into_the_middle_of, undisturbed
 from tests.broker.test_strategies import fedadam_in_numpy, flat
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 KEPT_OF_ROUND_2 = {"agent-0.2.safetensors", "agent-1.2.safetensors"}
 

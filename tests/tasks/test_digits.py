@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from tests.environment import unmeasured
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
@@ -110,8 +114,34 @@ def test_an_agent_with_few_of_some_digits_is_worse_at_those(task):
     assert others < own - 0.10
 
 
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+def test_the_cut_that_is_written_down_is_the_one_that_scikit_learn_draws(monkeypatch):
+    written = digits._splits(0)
+    monkeypatch.setattr(digits, "_SPLIT_SEED", None)
     digits._splits.cache_clear()
+    for ours, theirs in zip(written, digits._splits(0), strict=True):
+        for some, same in zip(ours, theirs, strict=True):
+            assert torch.equal(some, same)
+
+
+def test_where_the_file_is_elsewhere_scikit_learn_itself_is_asked(monkeypatch, tmp_path):
+    images, labels = digits._everything()
+    monkeypatch.setattr(digits, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / name / "__init__.py")))
+    again = digits._everything()
+    assert np.array_equal(images, again[0])
+    assert np.array_equal(labels, again[1])
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(TaskError, match=r"scikit-learn, which cannot be imported .*: pip install 'midge\[torch\]'"):
+        digits._everything()
+
+
+def test_its_data_are_read_without_importing_scikit_learn():
+    code = "import sys; from midge.tasks.digits import *; DigitsTask().test_data(); sys.exit('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=unmeasured())
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(digits, "find_spec", lambda _name: None)
+    digits._splits.cache_clear()
+    with pytest.raises(TaskError, match=r"scikit-learn, which is not installed: pip install 'midge\[torch\]'"):
         digits.DigitsTask().test_data()

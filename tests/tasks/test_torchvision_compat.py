@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -7,20 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import unmeasured
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 
 
-def run(code):
+def run(code, environment=None):
     """Run `code` in a process of its own: whether torchvision is imported cannot be undone."""
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    # Coverage would make torch's import take twice as long.
+    environment = unmeasured() if environment is None else environment
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
 
 
 def test_models_data_sets_and_transforms_work_whatever_torchvision_was_compiled_against():
-    done = run("""
+    done = run(
+        """
 import torch
 from midge.tasks.torchvision_compat import import_torchvision
 torchvision = import_torchvision()
@@ -32,7 +37,9 @@ model = models.squeezenet1_1(num_classes=3).eval()
 assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 assert transforms.CenterCrop(2)(torch.zeros(1, 4, 4)).shape == (1, 2, 2)
 assert v2.CenterCrop(2)(torch.zeros(1, 4, 4)).shape == (1, 2, 2)
-""")
+""",
+        dict(os.environ),
+    )
     assert done.returncode == 0, done.stderr
 
 
