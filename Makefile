@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# The suites start hundreds of processes: without compiled modules each would compile Midge again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test faults check test-deploy bench clean
 
 demo: $(STAMP)
@@ -39,3 +42,4 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from tests.environment import unmeasured
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
 
 from midge.tasks import digits  # noqa: E402
 from midge.tasks.base import DataSpec, TaskError, TrainSpec, seed_of  # noqa: E402
 from midge.tasks.registry import find_task  # noqa: E402
+
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ import pytest
 from coordinator.config import load_settings
 
 pytest.importorskip("torch")
-pytest.importorskip("sklearn")
 
 from benchmarks.rounds_to_target import KNOBS, SPLITS, cell, rounds_to
 
 ROOT = Path(__file__).parents[2]
 TWO_OWNERS = ROOT / "examples" / "mnist_two_owners"
 PAGE = (ROOT / "docs" / "scenarios" / "2-mnist-two-owners.md").read_text(encoding="utf-8")
+
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
 
 
 def test_fedavg_and_fedsgd_are_the_same_keys_with_other_values():

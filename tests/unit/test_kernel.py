@@ -31,7 +31,14 @@ ROOT = Path(__file__).parents[2]
 SPECIAL = np.array([0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 3.4028235e38, -3.4028235e38, 1.0], np.float32)
 NOT_FINITE = np.array([math.inf, -math.inf, math.nan], np.float32)
 
-needs_numba = pytest.mark.skipif(kernel.compiled() is None, reason="numba is not installed, or rounds otherwise here")
+needs_numba = pytest.mark.usefixtures("works_here")
+
+
+@pytest.fixture(scope="module")
+def works_here():
+    """Not a condition of the tests' marks: that would compile for two seconds where tests are only collected."""
+    if kernel.compiled() is None:
+        pytest.skip("numba is not installed, or rounds otherwise here")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere NumPy may fuse")
