@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from coordinator.strategies.base import Strategy, StrategyError
 from coordinator.strategies.cyclic import Cyclic
@@ -174,7 +177,7 @@ def _import_file(name: str, path: Path) -> ModuleType:
     module_name = f"midge_strategy_{digest}"
     if module_name in sys.modules:
         return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=_AsItIs(module_name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -186,6 +189,14 @@ def _import_file(name: str, path: Path) -> ModuleType:
         text = f"is {name!r}: running {path} failed: {type(error).__name__}: {error}"
         raise StrategyError(text, "strategy") from error
     return module
+
+
+class _AsItIs(SourceFileLoader):
+    """Compiles a file whenever it is asked to: what Python keeps compiled is told apart by second and size alone."""
+
+    def path_stats(self, path: str) -> NoReturn:
+        """Of no file is anything known by which a compiled one could be found or kept."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
