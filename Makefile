@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Three for two cores: half of the suites wait for brokers, agents and each other.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(6, (os.cpu_count() or 1) * 3 // 2))')
 
 # The suites start hundreds of processes: without compiled modules each would compile Midge again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,10 +17,10 @@ demo: $(STAMP)
 	@$(BIN)/coordinator demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest --faults --seeds 10000 --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest --faults --seeds 10000 --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

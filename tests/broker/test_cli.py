@@ -52,6 +52,7 @@ def test_a_run_prints_its_result_as_json_and_exits_with_0(mosquitto, make_federa
     assert [version["num_updates"] for version in result["history"]] == [0, 1, 1]
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_run_that_fails_exits_with_1_and_says_why(mosquitto, make_federation):
     federation = make_federation(mosquitto.url)
     coordinator = federation.start_coordinator(min_agents=2, start_deadline_s=0.3)
@@ -62,6 +63,7 @@ def test_a_run_that_fails_exits_with_1_and_says_why(mosquitto, make_federation):
     assert "Traceback" not in coordinator.log()
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_task_that_fails_only_when_it_is_imported_fails_the_run_and_says_why(mosquitto, make_federation, tmp_path):
     (tmp_path / "needy.py").write_text("import no_such_library\ntask = 1\n")
     federation = make_federation(mosquitto.url, task=f"{tmp_path}/needy.py")
@@ -83,11 +85,11 @@ def test_a_task_that_fails_only_when_it_is_imported_fails_the_run_and_says_why(m
         (["--task", "tests.broker.tasks:linaer"], ["tasks.py has no 'linaer'. Did you mean 'linear'?"]),
     ],
 )
-def test_wrong_use_exits_with_2_and_one_clear_line(arguments, words, tmp_path):
-    done = call("coordinator", "run", "--state-dir", str(tmp_path / "state"), *arguments)
-    assert done.returncode == 2
-    assert all(word in done.stderr for word in words), done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_use_exits_with_2_and_one_clear_line(arguments, words, tmp_path, look):
+    status, _, said = look("run", "--state-dir", str(tmp_path / "state"), *arguments)
+    assert status == 2
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
     assert not (tmp_path / "state").exists()
 
 
@@ -143,6 +145,7 @@ def served(mosquitto, make_federation, tmp_path):
     return federation, program
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_what_is_shown_beside_a_running_coordinator_is_shown_without_it_too(served, tmp_path, look):
     federation, program = served
     here = ["--state-dir", str(federation.state_dir()), "--json"]
@@ -230,6 +233,7 @@ def test_a_directory_that_no_coordinator_used_is_said_to_be_one(command, tmp_pat
 # Watching.
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_watcher_waits_for_the_coordinator_follows_it_and_ends_with_the_run(mosquitto, make_federation, look):
     federation = make_federation(mosquitto.url)
     here = ["--state-dir", str(federation.state_dir())]
@@ -260,6 +264,7 @@ def test_a_watcher_waits_for_the_coordinator_follows_it_and_ends_with_the_run(mo
     assert rounds["agent-1"][1]["evaluation"]["loss"] == evaluation.loss
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_watcher_that_missed_a_whole_run_says_how_it_ended(mosquitto, make_federation, capsys):
     federation = make_federation(mosquitto.url)
     watcher = _Watcher(federation.state_dir(), None, as_json=False)
@@ -270,6 +275,7 @@ def test_a_watcher_that_missed_a_whole_run_says_how_it_ended(mosquitto, make_fed
     assert _Watcher(federation.state_dir(), None, as_json=False)._exit_code() is None
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_watcher_of_a_coordinator_that_was_killed_waits_and_exits_with_1_when_the_run_fails(
     mosquitto, make_federation
 ):
@@ -285,6 +291,7 @@ def test_a_watcher_of_a_coordinator_that_was_killed_waits_and_exits_with_1_when_
     assert "Traceback" not in watcher.log()
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_ctrl_c_ends_a_watcher_and_nothing_else(mosquitto, make_federation):
     federation = make_federation(mosquitto.url)
     coordinator = federation.start_coordinator(min_agents=1)
@@ -318,6 +325,7 @@ def test_an_operator_closes_a_round_with_what_has_come(mosquitto, make_federatio
     assert (code, error) == (2, f"coordinator: no coordinator is running in {federation.state_dir()}\n")
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_below_the_quorum_a_closed_round_is_tried_again_and_the_operator_is_told_why(mosquitto, make_federation, look):
     federation = make_federation(mosquitto.url)
     here = ["--state-dir", str(federation.state_dir())]
@@ -366,6 +374,7 @@ def test_the_doctor_finds_an_agent_well_and_exits_with_0(mosquitto, tmp_path):
     assert any("tests.broker.tasks:linear: 4 examples" in line for line in lines)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_the_doctor_without_a_broker_exits_with_1_and_says_what_to_do(tmp_path):
     port = free_port()
     arguments = ["--broker", f"mqtt://127.0.0.1:{port}", "--agent-id", "pi-3", *LINEAR, "--timeout-s", "3"]

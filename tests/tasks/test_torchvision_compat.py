@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from midge.tasks.base import TaskError
 from tests.environment import unmeasured
+
+pytest.importorskip("torch")
+
+from midge.tasks import torchvision_compat
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,11 +78,8 @@ assert hasattr(torch.ops.torchvision, "qnms")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_torchvision_says_what_to_install():
-    done = run("""
-from midge.tasks import torchvision_compat
-torchvision_compat.find_spec = lambda name: None
-torchvision_compat.import_torchvision()
-""")
-    assert done.returncode == 1
-    assert "TaskError: torchvision is not installed: pip install 'midge[torch]'" in done.stderr
+def test_a_missing_torchvision_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(torchvision_compat, "find_spec", lambda _name: None)
+    with pytest.raises(TaskError, match=r"torchvision is not installed: pip install 'midge\[torch\]'"):
+        torchvision_compat.import_torchvision()

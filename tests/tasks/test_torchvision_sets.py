@@ -22,6 +22,7 @@ from midge.tasks.cifar10 import Cifar10Task  # noqa: E402
 from midge.tasks.mnist import MnistTask  # noqa: E402
 from midge.tasks.registry import find_task  # noqa: E402
 from midge.tasks.torchvision_compat import import_torchvision  # noqa: E402
+from tests.environment import unmeasured  # noqa: E402
 from tests.tasks import small_sets  # noqa: E402
 from tests.tasks.small_sets import SmallCifar10  # noqa: E402
 
@@ -329,7 +330,9 @@ def test_agents_of_one_device_that_start_together_unpack_once(mnist_dir):
     )
     root = Path(__file__).parents[2]
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(mnist_dir)], stdout=subprocess.PIPE, text=True, cwd=root)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(mnist_dir)], stdout=subprocess.PIPE, text=True, cwd=root, env=unmeasured()
+        )
         for _ in range(2)
     ]
     assert [process.communicate(timeout=60)[0].strip() for process in started] == ["200", "200"]
