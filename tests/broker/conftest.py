@@ -139,7 +139,10 @@ class Peer:
 
     def cut(self) -> None:
         """End the connection as a broken network does: the broker hears no goodbye."""
-        self.raw_socket().shutdown(socket.SHUT_RDWR)
+        with (
+            self.raw_socket() as twin
+        ):  # closed at once: a selector would go on to report the end of a twin that is open
+            twin.shutdown(socket.SHUT_RDWR)
 
     def raw_socket(self) -> socket.socket:
         """The connection's socket, which others own."""

@@ -306,6 +306,7 @@ def test_ctrl_c_ends_a_watcher_and_nothing_else(mosquitto, make_federation):
 # Closing a round.
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_an_operator_closes_a_round_with_what_has_come(mosquitto, make_federation, look):
     federation = make_federation(mosquitto.url)
     here = ["--state-dir", str(federation.state_dir())]

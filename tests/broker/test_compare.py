@@ -137,7 +137,7 @@ def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_wa
     noted = lines_of(attendance)
     assert 3 <= len(noted) < 40
 
-    status, _, complaint = ended(compare(out, *options, environment=dict(os.environ)))
+    status, _, complaint = ended(compare(out, *options))
     assert status == 0, complaint
     assert lines_of(attendance)[: len(noted)] == noted
     assert len(lines_of(attendance)) == 40

@@ -90,7 +90,8 @@ def test_an_agent_that_says_it_can_carry_one_byte_keeps_no_run_from_beginning(mo
     assert federation.start_coordinator(rounds=1, min_agents=1).wait() == 0
 
 
-def test_an_agent_that_joins_late_takes_part_from_the_next_round_on(federation):
+def test_an_agent_that_joins_late_takes_part_from_the_next_round_on(mosquitto, make_federation):
+    federation = make_federation(mosquitto.url)
     federation.hold("agent-0", training=1)
     federation.start_agents(2)
     coordinator = federation.start_coordinator(rounds=2, min_agents=2)
@@ -103,8 +104,8 @@ def test_an_agent_that_joins_late_takes_part_from_the_next_round_on(federation):
     assert sorted(federation.updates(2)) == ["agent-0", "agent-1", "late"]
 
 
-def test_two_federations_on_one_broker_do_not_see_each_other(broker, make_federation):
-    both = [make_federation(broker.url, name) for name in ("left", "right")]
+def test_two_federations_on_one_broker_do_not_see_each_other(mosquitto, make_federation):
+    both = [make_federation(mosquitto.url, name) for name in ("left", "right")]
     coordinators = []
     for seed, federation in enumerate(both):
         federation.start_agent(f"{federation.name}-agent", part=seed)

@@ -15,6 +15,11 @@ from tests.broker.undisturbed import BATCHES, digests, undisturbed
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
+embedded_in_faults = pytest.mark.parametrize(
+    "broker", ["mosquitto", pytest.param("embedded", marks=pytest.mark.long)], indirect=True
+)
+"""With the embedded broker too, but only where `make faults` asks for it."""
+
 
 def into_the_middle_of(federation: Federation, round_num: int, coordinator: Program) -> None:
     """agent-0 has reported in this round, and agent-1, which a test has told to hold, still trains."""
@@ -24,6 +29,7 @@ def into_the_middle_of(federation: Federation, round_num: int, coordinator: Prog
     assert len(federation.versions()) == round_num
 
 
+@embedded_in_faults
 @pytest.mark.fault(3)
 def test_a_coordinator_killed_in_mid_round_goes_on_and_nothing_is_trained_again(federation, tmp_path):
     federation.hold("agent-1", training=2)
@@ -65,6 +71,7 @@ def test_a_broker_killed_in_mid_round_forgets_everything_and_the_round_commits(b
     assert federation.trainings("agent-0") == federation.trainings("agent-1") == each_once
 
 
+@embedded_in_faults
 @pytest.mark.fault(4)
 def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(federation, tmp_path):
     federation.hold("agent-1", training=1)
@@ -83,6 +90,7 @@ def test_an_agent_killed_while_it_trains_trains_again_after_its_restart(federati
     assert federation.attempts(1)[0] == 1
 
 
+@embedded_in_faults
 @pytest.mark.fault(3, 4)
 def test_finished_work_outlives_the_coordinators_absence_and_the_agents_own_death(federation, tmp_path):
     for agent_id in ("agent-0", "agent-1"):
