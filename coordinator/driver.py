@@ -164,6 +164,9 @@ class Driver:
         self.run: Run | None = None
         self.is_connected = False
         self._num_connections = 0
+        self._knows_lead = True
+        self._epoch_heard = 0
+        """The highest that agents spoke of since we connected again, until we know who leads."""
         self.packet_limit_bytes: int | None = None
         self.problem = ""
         """Why the run cannot go on over this connection, where that is known."""
@@ -324,6 +327,7 @@ class Driver:
     def _on_connected(self, packet_limit_bytes: int | None) -> None:
         self.is_connected = True
         self._num_connections += 1
+        self._knows_lead, self._epoch_heard = self._num_connections == 1, 0
         self.packet_limit_bytes = packet_limit_bytes
         self.problem = ""
         self._publisher = None
@@ -357,7 +361,9 @@ class Driver:
             case CoordinatorTopic():
                 self._status_is_due = True  # unless it turns out to be right as it is, or is published anyway
                 if event.payload:
-                    self._on_coordinator(decode(event.payload, CoordinatorStatus), retained=event.retained)
+                    status = decode(event.payload, CoordinatorStatus)
+                    self._on_coordinator(status, retained=event.retained)
+                    self._learn_lead(status)
             case _:
                 pass
 
@@ -411,7 +417,9 @@ class Driver:
 
     def _on_presence(self, agent_id: str, presence: Presence, now: float, *, retained: bool) -> None:
         if self.epoch < presence.epoch < self.epoch + MAX_EPOCH_JUMP:
-            self._go_above(presence.epoch)
+            if self._knows_lead:
+                self._go_above(presence.epoch)
+            self._epoch_heard = max(self._epoch_heard, presence.epoch)
         elif presence.epoch >= self.epoch + MAX_EPOCH_JUMP:  # it believed what cannot be, and would not listen to us
             self._publish_status(online=True)
         change = self.fleet.hear(agent_id, presence, retained=retained)
@@ -450,6 +458,19 @@ class Driver:
             self._go_above(status.epoch)
         elif not status.online:  # the will of an earlier coordinator came late, and says that there is none
             self._publish_status(online=True)
+
+    def _learn_lead(self, status: CoordinatorStatus) -> None:
+        """Connected again, we have heard what is retained on our topic, or that there is nothing but what we just published.
+
+        Until then, an agent that spoke of a higher epoch may have it from a coordinator that took our place while we were cut
+        off: to go above it would take the agents back. What the broker kept of agents for us comes before it.
+        """
+        is_old = status.instance == self._instance and not status.online  # the will of our earlier connection
+        if self._knows_lead or is_old:
+            return
+        self._knows_lead = True
+        if self._epoch_heard > self.epoch:
+            self._go_above(self._epoch_heard)
 
     def _go_above(self, epoch: int) -> None:
         """Someone knows of a higher epoch, from a coordinator that lost its state: agents would ignore a lower one."""

@@ -848,6 +848,32 @@ def test_an_agent_that_has_seen_a_higher_epoch_raises_ours(talk):
     assert {invitation.epoch for invitation in told(talk.turn(), Invitation).values()} == {71}
 
 
+@pytest.mark.fault(29)
+def test_connected_again_it_learns_who_leads_before_it_goes_above_what_agents_have_seen(talk):
+    """What the broker kept for us comes first: agents that follow who took our place while we were cut off."""
+    talk.to_collecting()
+    talk.driver.handle(Disconnected("cut"), talk.now)
+    talk.connect()
+    talk.come("c", epoch=EPOCH + 1)
+    talk.hear(TOPICS.coordinator, status(EPOCH, online=False, instance="this"))  # our will
+    assert talk.driver.epoch == EPOCH
+    with pytest.raises(SupersededError, match=f"another coordinator of federation lab started \\(epoch {EPOCH + 1}"):
+        talk.hear(TOPICS.coordinator, status(EPOCH + 1), retained=True)
+
+
+def test_connected_again_to_find_nobody_else_it_goes_above_what_agents_have_seen(talk):
+    talk.to_collecting()
+    talk.driver.handle(Disconnected("cut"), talk.now)
+    talk.connect()
+    talk.come("c", epoch=EPOCH + 3)
+    assert talk.driver.epoch == EPOCH
+    talk.hear(TOPICS.coordinator, status(EPOCH, instance="this"))  # what it has just published
+    assert talk.driver.epoch == EPOCH + 4
+    assert [seen.epoch for seen in statuses(talk.turn())] == [EPOCH + 4]
+    talk.come("d", epoch=EPOCH + 8)
+    assert talk.driver.epoch == EPOCH + 9
+
+
 @pytest.mark.fault(20)
 @pytest.mark.parametrize("retained", [True, False])
 def test_an_epoch_beyond_all_measure_is_no_epoch(talk, retained):
