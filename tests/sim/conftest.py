@@ -8,7 +8,8 @@ import logging
 
 import pytest
 
-from tests.sim import measured, seeds
+from tests import measured
+from tests.sim import seeds
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

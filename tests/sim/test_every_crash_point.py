@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.held_out import HeldOutGate
 from coordinator.round import RoundConfig
-from tests.sim import measured
+from tests import measured
 from tests.sim.agent_process import Behaviour
 from tests.sim.federation import Federation, told
 
@@ -42,17 +42,17 @@ def survives(federation: Federation, what: str) -> bool:
     return federation.num_crashes > 0
 
 
-@pytest.mark.no_cover
 @pytest.mark.fault(3)
-def test_a_coordinator_killed_at_any_operation_goes_on_and_no_agent_trains_twice():
-    operation = 1
+@pytest.mark.parametrize("first", measured.first(0, [1, 2], num_short=1))
+def test_a_coordinator_killed_at_any_operation_goes_on_and_no_agent_trains_twice(first):
+    operation = first
     while True:
         federation = federation_of(operation)
         federation.coordinator.light_fuse(operation)
         if not survives(federation, f"the coordinator killed at operation {operation}"):
             break
         assert set(federation.auditor.trainings.values()) == {1}, f"killed at operation {operation}"
-        operation += 1
+        operation += 2
     assert operation > 150
 
 
@@ -119,9 +119,10 @@ def test_a_coordinator_killed_again_while_it_comes_back_goes_on(later):
         survives(federation, f"the coordinator killed at operation {operation}, and {later} operations later")
 
 
-@pytest.mark.no_cover
-def test_coordinator_and_agents_killed_together_come_back():
-    for operation in range(1, 100):
+@pytest.mark.fault(3, 4)
+@pytest.mark.parametrize("first", measured.first(0, [1, 2], num_short=1))
+def test_coordinator_and_agents_killed_together_come_back(first):
+    for operation in range(first, 100, 2):
         federation = federation_of(operation)
         federation.coordinator.light_fuse(operation)
         federation.agents[0].light_fuse(1 + operation % 61)

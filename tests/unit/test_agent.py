@@ -28,6 +28,7 @@ from midge.wire.messages import (
     TrainingConfig,
     UpdateHeader,
 )
+from tests import measured
 from tests.machines import EPOCH, LAYOUT, RUN_ID, digest, finished, of_kind, only, version_digest
 
 NUM_FRAMES = 3
@@ -868,7 +869,7 @@ def random_event(rng: random.Random, talk: Talk) -> ev.Event:
     return rng.choice(choices)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", measured.first(10, range(60)))
 def test_whatever_comes_an_agent_never_raises_and_its_invariants_hold(seed: int):
     rng = random.Random(seed)
     talk = Talk()

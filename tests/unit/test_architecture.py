@@ -7,6 +7,7 @@ never: coordinator <-> edge_agent, midge -> either, midge/wire -> anything else 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,10 +58,12 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
 
 
+@cache
 def imports_of(path: Path) -> list[Import]:
     """Every import of a file, also within functions and under TYPE_CHECKING; `from x import y` is x.y if that is a module."""
     found = []
@@ -74,12 +77,9 @@ def imports_of(path: Path) -> list[Import]:
     return found
 
 
-IMPORTS = {path: imports_of(path) for path in FILES}
-
-
 def importers(library: str, paths: list[Path]) -> set[str]:
     """The files that import a library."""
-    return {str(path) for path in paths if any(found.module.split(".")[0] == library for found in IMPORTS[path])}
+    return {str(path) for path in paths if any(found.module.split(".")[0] == library for found in imports_of(path))}
 
 
 def places(files: set[str]) -> set[str]:
@@ -99,13 +99,13 @@ def within(module: str, part: str) -> bool:
 def test_the_walk_sees_the_whole_house():
     assert {part_of(path) for path in FILES} == set(ALLOWED)
     assert len(FILES) > 40
-    assert Import("midge.wire.errors", 7) in IMPORTS[Path("midge/wire/identifiers.py")]
+    assert Import("midge.wire.errors", 7) in imports_of(Path("midge/wire/identifiers.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_file_imports_only_along_the_arrows(path):
     allowed = ALLOWED[part_of(path)]
-    for module, line in IMPORTS[path]:
+    for module, line in imports_of(path):
         if module.split(".")[0] in OURS:
             # `midge` itself holds two constants, and a file right in midge/ may use another such.
             flat = part_of(path) == "midge" and module.count(".") == 1 and MODULES[module].name != "__init__.py"
@@ -143,7 +143,7 @@ def test_only_tasks_know_of_torch_and_of_data_sets(library):
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_nothing_is_imported_that_could_run_code_out_of_data(path):
-    found = {module.split(".")[0] for module, _ in IMPORTS[path]} & RUNS_CODE
+    found = {module.split(".")[0] for module, _ in imports_of(path)} & RUNS_CODE
     assert found == set(), f"{path} imports {found}"
 
 
@@ -165,7 +165,7 @@ def closure_of(path: Path) -> set[Path]:
     """A file and all of ours that it imports, directly or not."""
     seen, queue = {path}, [path]
     while queue:
-        for module, _ in IMPORTS[queue.pop()]:
+        for module, _ in imports_of(queue.pop()):
             if module in MODULES and MODULES[module] not in seen:
                 seen.add(MODULES[module])
                 queue.append(MODULES[module])
@@ -175,7 +175,7 @@ def closure_of(path: Path) -> set[Path]:
 @pytest.mark.parametrize("name", PURE)
 def test_a_machine_knows_neither_clock_nor_disk_nor_network_nor_tensor(name):
     for path in sorted(closure_of(Path(name))):
-        for module, line in IMPORTS[path]:
+        for module, line in imports_of(path):
             assert module.split(".")[0] not in IMPURE, f"{name} must stay pure, and {path}:{line} imports {module}"
 
 

@@ -15,6 +15,7 @@ from coordinator.attempt import Address
 from coordinator.uplink import TOTAL_CREDIT, Uplink, Verdict
 from edge_agent.push import MAX_CREDIT, Push
 from midge.wire.frames import Framing, content_tag
+from tests import measured
 from tests.machines import digest_of_update, facts, header
 
 
@@ -266,13 +267,14 @@ def test_a_lossy_channel_costs_little_more_than_what_it_loses():
     assert duplicates["a0"] < 250
 
 
-@pytest.mark.parametrize("num_agents", [2, 40, 300])
+@pytest.mark.parametrize("num_agents", measured.first(2, [2, 40, 300]))
 def test_agents_that_share_the_credit_all_come_through(num_agents: int):
     channel = Channel(7, loss=0.05, spread_s=0.1)
     transmit(channel, Framing(40, 10), num_agents)
     assert channel.now < 300
 
 
+@pytest.mark.no_cover
 def test_agents_that_wait_in_line_do_not_flood_the_coordinator_with_headers():
     channel = Channel(9)
     transmit(channel, Framing(40, 10), 300)

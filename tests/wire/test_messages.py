@@ -74,6 +74,7 @@ def test_a_message_cut_short_at_any_byte_is_refused(kind):
             decode(payload[:length], KINDS[kind])
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.data())
 def test_whatever_is_changed_on_the_way_nothing_but_a_message_error_comes_of_it(kind, data):
@@ -105,6 +106,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.data())
 def test_whatever_a_field_holds_the_message_is_within_its_limits_or_refused(kind, data):
