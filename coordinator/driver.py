@@ -440,9 +440,10 @@ class Driver:
         with a higher epoch that is there as we connect again is of somebody who started while we were cut off.
         """
         if status.epoch < self.epoch or (status.epoch == self.epoch and status.instance == self._instance):
-            # Ours, or of an older one that is live and will find out itself. But the will of an earlier one, or of an earlier
-            # connection of ours, says that there is none.
-            self._status_is_due = not status.online
+            # Ours; or the will of an earlier connection of ours, or of an older coordinator, which says that there is none; or
+            # of an older one that is back, and has replaced ours, perhaps without having read it.
+            is_back = not retained and status.instance != self._instance
+            self._status_is_due = is_back or not status.online
             return
         if status.epoch >= self.epoch + MAX_EPOCH_JUMP:
             raise MessageError(

@@ -787,11 +787,14 @@ def test_the_late_will_of_an_older_one_is_answered_with_our_presence(talk):
     assert (seen.online, seen.epoch, seen.instance) == (True, EPOCH, "this")
 
 
-def test_an_older_one_that_is_live_is_left_to_find_out_itself(talk):
+@pytest.mark.fault(29)
+def test_an_older_one_that_is_back_is_answered_with_our_presence_which_it_replaced(talk):
     talk.connect()
+    talk.hear(TOPICS.coordinator, status(EPOCH - 1), retained=True)  # as ours was on its way
+    assert statuses(talk.turn()) == []
     talk.hear(TOPICS.coordinator, status(EPOCH - 1))
     assert talk.driver.epoch == EPOCH
-    assert statuses(talk.turn()) == []
+    assert [(seen.online, seen.epoch, seen.instance) for seen in statuses(talk.turn())] == [(True, EPOCH, "this")]
 
 
 def test_a_farewell_of_a_higher_epoch_is_followed_by_a_higher_one_of_ours(talk):
