@@ -120,6 +120,8 @@ def test_every_arm_makes_the_steps_that_the_budget_gives_it_and_everything_is_wr
         assert word in page
 
 
+@pytest.mark.long
+@pytest.mark.fault(3, 4)
 def test_killed_it_leaves_no_process_behind_and_goes_on_in_the_round_where_it_was(tmp_path):
     out = tmp_path / "out"
     options = (*LINEAR, "--agents", "2", "--rounds", "40", "--seeds", "1", "--arms", "federated,alone")

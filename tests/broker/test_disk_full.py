@@ -88,6 +88,8 @@ def test_a_coordinator_whose_disk_is_full_in_mid_round_waits_and_goes_on_when_th
     assert all(agent.is_running for agent in agents)
 
 
+@pytest.mark.long
+@pytest.mark.fault(14, 34)
 def test_a_coordinator_that_waits_for_its_disk_ends_when_asked_and_goes_on_when_started_again(federation):
     federation.hold("agent-1", training=1)
     federation.start_agents(2)

@@ -141,6 +141,8 @@ def test_what_a_strategy_remembers_base_models_and_agents_models_are_in_a_copy_t
     assert (after["findings"], after["agent_models"], after["versions"]) == ([], 2, 5)
 
 
+@pytest.mark.long
+@pytest.mark.fault(2)
 def test_a_copy_is_brought_back_after_the_broker_lost_everything_too(mosquitto, make_federation, tmp_path):
     """Nothing retained tells the coordinator of the epochs that its agents have seen."""
     federation = make_federation(mosquitto.url)

@@ -85,6 +85,8 @@ def flat(state):
     return np.concatenate([state["weight"].ravel(), state["bias"]])
 
 
+@pytest.mark.long
+@pytest.mark.fault(3)
 def test_a_server_that_remembers_goes_on_where_it_was_killed(mosquitto, make_federation):
     federation = make_federation(mosquitto.url)
     settings = {"rounds": 6, "min_agents": 2, "strategy": "fedadam", "learning_rate": 0.05}
