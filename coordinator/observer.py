@@ -160,13 +160,15 @@ class Watch:
         return "two processes use this agent id in turn: give each its own, or end one"
 
     def _forget_gone(self, agent_id: str) -> None:
-        """This one has left too: a screen shows the last that did, and not all that ever were there."""
+        """This one has left too: the last that did are shown and remembered, and not all that ever were there."""
         self._gone[agent_id] = None
         while len(self._gone) > _MAX_GONE:
             longest = next(iter(self._gone))
             del self._gone[longest]
             self._shared.board.agents.pop(longest, None)
             self._misfits.pop(longest, None)
+            self._incarnations.pop(longest, None)
+            self._twins.discard(longest)
 
     def _judge(self, agent: Agent) -> str:
         """Why an agent that is here can take no part in the run; the log has it once for each reason."""

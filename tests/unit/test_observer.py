@@ -326,6 +326,7 @@ def test_agents_that_come_once_and_go_leave_nothing_behind(watched, monkeypatch)
         hear(f"once-{number}", online=False)
     assert sorted(watched.board.agents) == [*(f"once-{number}" for number in range(95, 100)), "stays"]
     assert watched.watch._misfits.keys() == watched.board.agents.keys()
+    assert watched.watch._incarnations.keys() == watched.board.agents.keys()
     assert num_series() == before
     watched.watch.broker(Disconnected("gone"))
     assert len(watched.board.agents) == 6
